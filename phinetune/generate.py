@@ -1,0 +1,129 @@
+"""Answers from a model: greedy and batched for evaluation, streamed for a person.
+
+Generation ends at every token that ends a turn: the tokenizer's end of text, what the model's generation config
+names, and the control tokens that the chat template writes behind an assistant's words (Phi-3: <|end|>).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phinetune.data import Renderer
+
+Messages = list[dict[str, Any]]
+
+MIN_SHARED_PREFIX = 16  # tokens: below this, a prompt's common beginning isn't worth a pass of its own
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token id that ends an answer."""
+    configured = model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids |= {tokenizer.eos_token_id, *Renderer(tokenizer).end_of_turn_ids()}
+    return sorted(i for i in ids if i is not None)
+
+
+@torch.inference_mode()
+def answers(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Messages],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Greedy answers to conversations that end with a user's message, in their order.
+
+    Prompts of similar length are answered together, and a beginning that all of a batch share (the system
+    message) is computed once.  `on_progress` is told how many more are done.
+    """
+    render = Renderer(tokenizer).prompt
+    prompts = [tokenizer(render(c), add_special_tokens=False)["input_ids"] for c in conversations]
+    stops = stop_ids(model, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        for i, ids in zip(chunk, _greedy(model, [prompts[i] for i in chunk], stops, max_new_tokens), strict=True):
+            texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+        on_progress(len(chunk))
+    return texts
+
+
+def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
+    """New ids of each prompt, without the token that ended it.
+
+    Prompts are padded behind their shared beginning, so that its keys and values serve all of them:
+
+        ids   [ s s s _ a a ]      mask  [ 1 1 1 0 1 1 ]      s: shared, computed once
+              [ s s s b b b ]            [ 1 1 1 1 1 1 ]
+    """
+    shared = _shared_prefix(prompts)
+    width = max(map(len, prompts))
+    pad = stops[0]
+    ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
+    mask = torch.tensor(
+        [[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=model.device
+    )
+    cache = None
+    if shared and len(prompts) > 1:
+        cache = model(ids[:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+    out: Tensor = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=stops,
+        pad_token_id=pad,
+    )
+    rows = out[:, width:].tolist()
+    return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
+
+
+def _shared_prefix(prompts: Sequence[list[int]]) -> int:
+    """Tokens that all prompts begin with, leaving each at least one of its own; 0 where too few."""
+    shared = 0
+    for column in zip(*(prompt[:-1] for prompt in prompts), strict=False):
+        if len(set(column)) > 1:
+            break
+        shared += 1
+    return shared if shared >= MIN_SHARED_PREFIX else 0
+
+
+@torch.inference_mode()
+def stream(
+    model: Any,
+    tokenizer: Any,
+    messages: Messages,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    write: Callable[[str], None] = lambda text: None,
+) -> str:
+    """One answer, handed to `write` piece by piece as it grows; greedy at temperature 0."""
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):  # type: ignore[misc]  # transformers' class is untyped
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+            write(text)
+
+    pieces: list[str] = []
+    ids = tokenizer(Renderer(tokenizer).prompt(messages), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    stops = stop_ids(model, tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    model.generate(
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids).to(model.device),
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+        streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
+    return "".join(pieces)

@@ -1,0 +1,17 @@
+"""Base model and tokenizer: load, adapt, and what is particular to a family."""
+
+from phinetune.model.adapted import adapt_model
+from phinetune.model.family import flat_batches, fused_parts, loss_sum, takes_flat_batches
+from phinetune.model.load import load_model, load_tokenizer, pick_device, resolve_dtype
+
+__all__ = [
+    "adapt_model",
+    "flat_batches",
+    "fused_parts",
+    "load_model",
+    "load_tokenizer",
+    "loss_sum",
+    "pick_device",
+    "resolve_dtype",
+    "takes_flat_batches",
+]

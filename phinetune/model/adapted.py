@@ -1,0 +1,37 @@
+"""LoRA on a loaded model, by the names of the recipe."""
+
+from typing import Any
+
+import torch
+
+from phinetune import lora
+from phinetune.errors import RecipeError
+from phinetune.model.family import fused_parts
+from phinetune.recipe import PeftConfig
+
+
+def adapt_model(model: Any, config: PeftConfig, seed: int) -> list[str]:
+    """Puts LoRA layers in, freshly drawn from `seed`, with parameters in fp32. Returns their names.
+
+    Raises:
+        RecipeError: if a target matches nothing; the message lists what the model has.
+    """
+    torch.manual_seed(seed)
+    try:
+        names = lora.adapt(
+            model,
+            config.target_modules,
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
+            exclude_modules=config.exclude_modules,
+            fused=fused_parts(model.config),
+            dtype=torch.float32,
+        )
+    except lora.TargetError as error:
+        raise RecipeError("peft_config", str(error), "correct target_modules") from None
+    lora.mark_only_lora_as_trainable(model)
+    return names

@@ -1,0 +1,64 @@
+"""What phinetune knows of a model's family: how it takes a batch, where its loss is computed, what it fuses."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phinetune.data import Example, FlatBatch, lay_out
+from phinetune.kernels import linear_cross_entropy_sum
+from phinetune.model.attention import NAME as PACKED
+
+# Families whose attention is plain causal (perhaps with a window) and whose head is one product: tests compare
+# flat batches with rows run one by one.  Any other causal LM gets a row at a time, and its own head.
+FLAT_FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
+
+
+def takes_flat_batches(model: Any) -> bool:
+    """Whether several rows may lie in one line."""
+    return model.config.model_type in FLAT_FAMILIES and model.config._attn_implementation == PACKED
+
+
+def long_rope_boundary(config: Any) -> int | None:
+    """The row length on whose two sides LongRoPE uses other factors; None without LongRoPE."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+
+
+def flat_batches(model: Any, examples: Sequence[Example], max_tokens: int) -> list[FlatBatch]:
+    """The rows in flat batches as the model can take them: a row each where it can't take several."""
+    return lay_out(examples, max_tokens if takes_flat_batches(model) else 1, long_rope_boundary(model.config))
+
+
+def loss_sum(model: Any, batch: FlatBatch) -> Tensor:
+    """Σ cross-entropy over the batch's supervised tokens: an fp32 scalar."""
+    if not takes_flat_batches(model):
+        logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.predict).logits[0]
+        return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    hidden_TD = model.model(
+        input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False, bounds=batch.bounds
+    ).last_hidden_state[0]
+    head, hidden_ND = model.lm_head, hidden_TD[batch.predict]
+    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+        return linear_cross_entropy_sum(hidden_ND, head.weight, batch.targets)
+    return F.cross_entropy(head(hidden_ND).float(), batch.targets, reduction="sum")
+
+
+def fused_parts(config: Any) -> dict[str, dict[str, int]]:
+    """{fused layer: {part: rows}} of a model, from its config; empty where nothing is fused.
+
+    Phi-3 (`model_type: phi3`, which Phi-3.5, Phi-4 and Phi-4-mini share): `qkv_proj` rows are
+    [heads·d | kv·d | kv·d], `gate_up_proj` rows are [intermediate | intermediate], gate first
+    (transformers, modeling_phi3.py).
+    """
+    if config.model_type != "phi3":
+        return {}
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    q_rows, kv_rows = config.num_attention_heads * width, config.num_key_value_heads * width
+    return {
+        "qkv_proj": {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
+        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+    }

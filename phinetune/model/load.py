@@ -1,0 +1,156 @@
+"""The base model and its tokenizer, from a Hub id, a local folder, a .gguf file, or `smollm2`."""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+
+from phinetune.errors import ModelError
+from phinetune.model import attention, smollm2
+from phinetune.model.family import FLAT_FAMILIES
+from phinetune.recipe import ModelKwargs
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+HUB_ANSWERS_WITHIN = 3.0  # seconds
+
+
+def load_tokenizer(model: str, kwargs: ModelKwargs, tokenizer_kwargs: dict[str, Any] | None = None) -> Any:
+    """The model's own tokenizer, with its chat template.
+
+    Raises:
+        ModelError: if it can't be had, isn't a fast tokenizer (masks need character offsets), or has no template.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, model, kwargs, **(tokenizer_kwargs or {}))
+    if not tokenizer.is_fast:
+        raise ModelError(f"model {model}", "has no fast tokenizer (tokenizer.json)", "convert it with transformers")
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"model {model}",
+            "its tokenizer has no chat template",
+            "tune the instruct version, or set tokenizer_kwargs.chat_template",
+        )
+    return tokenizer
+
+
+def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = None) -> Any:
+    """The base model in evaluation mode, frozen, on `device` (CPU by default).
+
+    Raises:
+        ModelError: if it can't be had or can't be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    attention.register()
+    device = device or torch.device("cpu")
+    options: dict[str, Any] = {"dtype": resolve_dtype(kwargs.dtype, device)}
+    if model.endswith(".gguf"):
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    config = _from_pretrained(AutoConfig.from_pretrained, model, kwargs)
+    implementation = kwargs.attn_implementation
+    if implementation == "auto" and config.model_type in FLAT_FAMILIES:
+        implementation = attention.NAME
+    if implementation != "auto":
+        options["attn_implementation"] = implementation
+    loaded = _from_pretrained(AutoModelForCausalLM.from_pretrained, model, kwargs, **options)
+    loaded.config.use_cache = kwargs.use_cache
+    return loaded.requires_grad_(False).eval().to(device)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16, but float32 on a CPU on which bfloat16 products are slower than float32 ones."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        if dtype is torch.bfloat16 and device.type == "cpu" and (ratio := bfloat16_speed()) < 1:
+            log.warning("this CPU multiplies bfloat16 at %.2f times float32's rate: dtype=float32 is faster here", ratio)
+        return dtype
+    if device.type == "cpu" and bfloat16_speed() < 1:
+        return torch.float32
+    return torch.bfloat16
+
+
+def bfloat16_speed() -> float:
+    """bfloat16's rate over float32's on this CPU, at a small model's shape (some 0.1 s)."""
+    seconds = {dtype: min(_time_product(dtype) for _ in range(3)) for dtype in (torch.float32, torch.bfloat16)}
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _time_product(dtype: torch.dtype) -> float:
+    a, b = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    begin = time.perf_counter()
+    torch.nn.functional.linear(a, b)
+    return time.perf_counter() - begin
+
+
+def pick_device(use_cpu: bool) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+
+
+def _from_pretrained(load: Callable[..., T], model: str, kwargs: ModelKwargs, **options: Any) -> T:
+    """One way to every file: finds where `model` is, and turns what goes wrong into a ModelError."""
+    where = f"model {model}"
+    path = Path(model).expanduser()
+    options["trust_remote_code"] = False
+    if model == smollm2.NAME:
+        source = str(smollm2.smollm2_folder())
+        options["local_files_only"] = True
+    elif model.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(where, "no such file", "give the path of a .gguf file")
+        source = str(path.parent)
+        options |= {"gguf_file": path.name, "local_files_only": True}
+    elif path.is_dir():
+        source = str(path)
+        options["local_files_only"] = True
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(where, "no such folder", "give a Hub id (owner/name), a local folder, a .gguf file or smollm2")
+    else:
+        source = model
+        options |= {"revision": kwargs.revision or "main", "cache_dir": kwargs.cache_dir, "token": kwargs.token}
+        options["local_files_only"] = not hub_answers()
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        if options["local_files_only"] and source == model:
+            raise ModelError(
+                where,
+                "is not in the local cache, and the Hugging Face Hub does not answer",
+                "connect, or give a local folder, a .gguf file, or smollm2 (the embedded model)",
+            ) from error
+        raise ModelError(where, f"can't be loaded ({reason})", "check the name and the files") from error
+
+
+def hub_answers() -> bool:
+    """Whether the Hub can be reached, known within seconds; a proxy is trusted to reach it."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    url = urlsplit(constants.ENDPOINT)
+    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    answered = threading.Event()
+
+    def knock() -> None:  # in a thread: a name server that is silent has no time limit of its own
+        try:
+            socket.create_connection(address, timeout=HUB_ANSWERS_WITHIN).close()
+            answered.set()
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(HUB_ANSWERS_WITHIN)
+    return answered.is_set()

@@ -1,0 +1,23 @@
+"""What a run is asked to do: typed settings, the names they may have, where they are read from."""
+
+from phinetune.recipe.load import dump_recipe, load_recipe, make_recipe
+from phinetune.recipe.schema import (
+    DataConfig,
+    EvaluationConfig,
+    ModelKwargs,
+    PeftConfig,
+    Recipe,
+    TrainingConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelKwargs",
+    "PeftConfig",
+    "Recipe",
+    "TrainingConfig",
+    "dump_recipe",
+    "load_recipe",
+    "make_recipe",
+]

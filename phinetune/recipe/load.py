@@ -1,0 +1,171 @@
+"""From a YAML file, `key=value` overrides or Python dictionaries to a checked `Recipe`."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from phinetune.errors import RecipeError
+from phinetune.recipe.names import SECTIONS, known_names, nearest, settle
+from phinetune.recipe.schema import Recipe
+
+FREE_SECTIONS = ("tokenizer_kwargs",)  # passed on as they are
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """Reads a recipe file and applies `key=value` overrides.
+
+    A key is `section.name`, or `name` alone where one section has it.
+
+    Returns:
+        The recipe, and the words to say about names that were mapped or ignored.
+
+    Raises:
+        RecipeError: for a missing or malformed file, an unknown name, or a value out of range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(str(path), "no such recipe", "write one with `phinetune init chats.jsonl`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), f"can't be read ({error})", "give a YAML file in UTF-8") from None
+    try:
+        given = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(str(path), f"is not valid YAML ({' '.join(str(error).split())})", "correct that line") from None
+    if not isinstance(given, dict):
+        raise RecipeError(str(path), "is not a mapping of settings", "begin with `model: smollm2`")
+    for override in overrides:
+        _apply_override(given, override)
+    return make_recipe(given, where=str(path))
+
+
+def make_recipe(given: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe, list[str]]:
+    """The same from a dictionary; `training_config` and `peft_config` may be real config objects."""
+    unknown = [key for key in given if key not in Recipe.model_fields]
+    if unknown:
+        hints = [f"unknown section {key}{_hint_for_section(key)}" for key in unknown]
+        raise RecipeError(where, " and ".join(hints), f"a recipe has {', '.join(Recipe.model_fields)}")
+    tree: dict[str, Any] = {"model": given["model"]} if "model" in given else {}
+    words: list[str] = []
+    for section in (*SECTIONS, *FREE_SECTIONS):
+        values = _as_dict(section, given.get(section), where, words)
+        if section in FREE_SECTIONS:
+            tree[section] = values
+            continue
+        settled, said = settle(section, values, where)
+        words += said
+        for path, value in settled.items():
+            target_section, name = path.split(".")
+            # A name mapped from another section never overrides one that was given under its own name.
+            if target_section == section:
+                tree.setdefault(target_section, {})[name] = value
+            else:
+                tree.setdefault(target_section, {}).setdefault(name, value)
+    if tree.get("training_config", {}).get("report_to") in ("none", None, "all"):
+        tree.get("training_config", {}).pop("report_to", None)
+    elif isinstance(tree["training_config"]["report_to"], str):
+        tree["training_config"]["report_to"] = [tree["training_config"]["report_to"]]
+    try:
+        return Recipe.model_validate(tree), words
+    except ValidationError as error:
+        raise RecipeError(where, " and ".join(_say(fault) for fault in error.errors()), "correct it") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every setting with its value; tokens are left out."""
+    tree = recipe.model_dump(exclude={"model_kwargs": {"token"}})
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _apply_override(given: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"override {override!r}", "has no `=`", "write key=value, such as learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if key in ("model", *FREE_SECTIONS):
+        given[key] = value
+        return
+    section, _, name = key.rpartition(".")
+    if not section:
+        owners = [s for s, model in SECTIONS.items() if name in model.model_fields]
+        owners = owners or [s for s in SECTIONS if name in known_names(s)]
+        if len(owners) != 1:
+            everything = [n for s in SECTIONS for n in known_names(s)]
+            what = f"is in {' and '.join(owners)}" if owners else f"unknown name{nearest(name, everything)}"
+            raise RecipeError(f"override {override!r}", what, "write section.name=value")
+        section = owners[0]
+    if section not in (*SECTIONS, *FREE_SECTIONS):
+        hint = nearest(section, (*SECTIONS, *FREE_SECTIONS))
+        raise RecipeError(f"override {override!r}", f"unknown section {section}{hint}", "write section.name=value")
+    if not isinstance(given.setdefault(section, {}), dict):
+        raise RecipeError(section, "is not a mapping", "write name: value lines below it")
+    given[section][name] = value
+
+
+def _as_dict(section: str, value: Any, where: str, words: list[str]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _from_config_object(section, value)
+    raise RecipeError(f"{where}: {section}", f"is {value!r}, not a mapping", "write name: value lines below it")
+
+
+def _from_config_object(section: str, config: Any) -> dict[str, Any]:
+    """What a TrainingArguments, SFTConfig or LoraConfig object asks for.
+
+    Fields that we have are taken as they are; of the others only what differs from that class's default,
+    so that a plain object doesn't raise a hundred warnings.
+    """
+    ours = SECTIONS[section].model_fields
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if not field.init or field.name.startswith("_"):
+            continue
+        value = getattr(config, field.name, None)
+        value = getattr(value, "value", value)  # enums
+        value = sorted(value) if isinstance(value, set) else value
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name in ours:
+            if value is not None:
+                values[field.name] = value
+        elif value != default and value not in (None, "", [], {}):
+            values[field.name] = value
+    return values
+
+
+def _hint_for_section(key: str) -> str:
+    for section in SECTIONS:
+        if key in SECTIONS[section].model_fields:
+            return f" ({key} belongs in {section})"
+    return nearest(key, Recipe.model_fields)
+
+
+def _say(fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "missing":
+        return f"{path} is missing"
+    return f"{path}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, which YAML would settle in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.YAMLError(f"{key!r} stands twice, again in line {mark.line + 1}")
+        return super().construct_mapping(node, deep)

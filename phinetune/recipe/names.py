@@ -1,0 +1,229 @@
+"""Every name a recipe may use: ours, what older releases called it, and what has no counterpart here.
+
+Collected from TrainingArguments (transformers 4.0 to 5.23), SFTConfig and SFTTrainer's own arguments
+(TRL 0.7 to 1.16) and LoraConfig (PEFT 0.3 to 0.21).  A name of theirs is honoured, mapped with a word,
+or warned about; any other is an error with the nearest name.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from phinetune.errors import RecipeError
+from phinetune.recipe.schema import DataConfig, EvaluationConfig, ModelKwargs, PeftConfig, TrainingConfig
+
+SECTIONS = {
+    "model_kwargs": ModelKwargs,
+    "data": DataConfig,
+    "training_config": TrainingConfig,
+    "peft_config": PeftConfig,
+    "evaluation": EvaluationConfig,
+}
+
+Convert = Callable[[Any], Any]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _adafactor(value: Any) -> str:
+    return "adafactor" if value else "adamw_torch"
+
+
+def _supervise(value: Any) -> str:
+    return "assistant" if value else "all"
+
+
+# name -> (where it went, how its value is translated)
+MAPPED: dict[str, dict[str, tuple[str, Convert]]] = {
+    "training_config": {
+        "evaluation_strategy": ("training_config.eval_strategy", _same),
+        "warmup_ratio": ("training_config.warmup_steps", _same),
+        "per_gpu_train_batch_size": ("training_config.per_device_train_batch_size", _same),
+        "per_gpu_eval_batch_size": ("training_config.per_device_eval_batch_size", _same),
+        "no_cuda": ("training_config.use_cpu", _same),
+        "adafactor": ("training_config.optim", _adafactor),
+        "max_length": ("data.max_length", _same),
+        "max_seq_length": ("data.max_length", _same),
+        "cutoff_len": ("data.max_length", _same),
+        "assistant_only_loss": ("data.supervise", _supervise),
+        "completion_only_loss": ("data.supervise", lambda value: "last" if value else "all"),
+        "lr": ("training_config.learning_rate", _same),
+        "epochs": ("training_config.num_train_epochs", _same),
+        "batch_size": ("training_config.per_device_train_batch_size", _same),
+    },
+    "peft_config": {
+        "lora_r": ("peft_config.r", _same),
+        "lora_rank": ("peft_config.r", _same),
+        "rank": ("peft_config.r", _same),
+        "alpha": ("peft_config.lora_alpha", _same),
+        "dropout": ("peft_config.lora_dropout", _same),
+        "lora_target": ("peft_config.target_modules", _same),
+        "lora_target_modules": ("peft_config.target_modules", _same),
+    },
+    "model_kwargs": {"torch_dtype": ("model_kwargs.dtype", _same)},
+    "data": {
+        "max_seq_length": ("data.max_length", _same),
+        "cutoff_len": ("data.max_length", _same),
+    },
+    "evaluation": {},
+}
+
+_HUB = "pushing to the Hub is not part of training"
+_FLAT = "flat batches have no padding, so there is nothing to group or pad"
+_LAUNCH = "processes and devices are the launcher's business"
+_NO_TRAINER = "transformers' Trainer is not used"
+_LOADER = "rows are tokenised before the run, there is no loader to tune"
+
+# name -> why nothing here answers to it
+NO_COUNTERPART: dict[str, dict[str, str]] = {
+    "training_config": {
+        **dict.fromkeys(
+            ["push_to_hub", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "hub_model_id"]
+            + ["hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "project"]
+            + ["trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"],
+            _HUB,
+        ),
+        **dict.fromkeys(
+            ["group_by_length", "length_column_name", "train_sampling_strategy", "padding_free", "pad_to_multiple_of"]
+            + ["pad_token", "packing_strategy", "eval_packing", "num_of_sequences", "chars_per_token", "infinite"]
+            + ["dataloader_drop_last"],
+            _FLAT,
+        ),
+        **dict.fromkeys(
+            ["dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_batch_size"]
+            + ["dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_in_order"]
+            + ["dataset_num_proc", "remove_unused_columns", "label_names", "dispatch_batches", "split_batches"]
+            + ["accelerator_config", "ignore_data_skip"],
+            _LOADER,
+        ),
+        **dict.fromkeys(
+            ["local_rank", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_backend"]
+            + ["ddp_timeout", "ddp_static_graph", "fsdp", "fsdp_config", "fsdp_min_num_params", "sharded_ddp"]
+            + ["fsdp_transformer_layer_cls_to_wrap", "deepspeed", "parallelism_config", "tp_size", "ray_scope"]
+            + ["tpu_num_cores", "tpu_metrics_debug", "mp_parameters", "_n_gpu", "use_mps_device", "xpu_backend"]
+            + ["log_level_replica", "log_on_each_node", "save_on_each_node", "average_tokens_across_devices"],
+            _LAUNCH,
+        ),
+        **dict.fromkeys(
+            ["do_train", "do_eval", "do_predict", "prediction_loss_only", "eval_accumulation_steps", "eval_delay"]
+            + ["eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"]
+            + ["include_inputs_for_metrics", "include_tokens_per_second", "include_num_input_tokens_seen", "debug"]
+            + ["skip_memory_metrics", "use_legacy_prediction_loop", "past_index", "restore_callback_states_from_checkpoint"]
+            + ["logging_nan_inf_filter", "jit_mode_eval", "enable_jit_checkpoint", "dataset_kwargs", "torch_empty_cache_steps"]
+            + ["evaluate_during_training", "save_safetensors", "fp16_full_eval", "bf16_full_eval", "full_determinism"],
+            _NO_TRAINER,
+        ),
+        **dict.fromkeys(
+            ["use_ipex", "torchdynamo", "torch_compile", "torch_compile_backend", "torch_compile_mode", "tf32"]
+            + ["use_liger_kernel", "use_liger", "liger_kernel_config", "fp16_opt_level", "fp16_backend"]
+            + ["half_precision_backend"],
+            "phinetune has kernels of its own",
+        ),
+        "bf16": "the base keeps model_kwargs.dtype and LoRA trains in float32: set model_kwargs.dtype",
+        "fp16": "float16 needs loss scaling: use model_kwargs.dtype=bfloat16",
+        "resume_from_checkpoint": "resume with `phinetune train RECIPE --resume`",
+        "use_cache": "set model_kwargs.use_cache",
+        "model_init_kwargs": "set model_kwargs",
+        "trust_remote_code": "never: native model classes only",
+        "save_only_model": "a checkpoint always holds what a resume needs",
+        "load_best_model_at_end": "the adapter at the end is the last one; checkpoints are kept beside it",
+        "metric_for_best_model": "the adapter at the end is the last one",
+        "greater_is_better": "the adapter at the end is the last one",
+        "auto_find_batch_size": "set data.max_batch_tokens: it changes memory, never the update",
+        "label_smoothing_factor": "the loss is plain cross-entropy",
+        "loss_type": "the loss is plain cross-entropy",
+        "router_aux_loss_coef": "the loss is plain cross-entropy",
+        "neftune_noise_alpha": "no noise is added to embeddings",
+        "optim_args": "the optimiser is AdamW",
+        "optim_target_modules": "the optimiser is AdamW",
+        "dataset_text_field": "rows are chats with `messages`",
+        "formatting_func": "rows are chats with `messages`",
+        "chat_template_path": "set tokenizer_kwargs.chat_template",
+        "eos_token": "set tokenizer_kwargs.eos_token",
+        "truncation_mode": "a row that is too long is listed, never cut",
+        "shuffle_dataset": "rows are always shuffled, by data_seed",
+        "activation_offloading": "activations stay on the device",
+        "activation_checkpointing": "set gradient_checkpointing",
+        "activation_checkpointing_kwargs": "set gradient_checkpointing",
+    },
+    "peft_config": {
+        **dict.fromkeys(
+            ["peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"]
+            + ["peft_version", "megatron_config", "megatron_core", "fan_in_fan_out", "ensure_weight_tying"],
+            "it is written into adapter_config.json by what was done",
+        ),
+    },
+    "model_kwargs": {
+        **dict.fromkeys(["device_map", "low_cpu_mem_usage", "max_memory"], "the model is loaded whole on one device"),
+        "use_flash_attention_2": "set attn_implementation",
+    },
+    "data": {},
+    "evaluation": {},
+}
+
+# Names of LoraConfig and from_pretrained that change what is trained: refused, since ignoring them would train
+# something else than was asked for.
+REFUSED: dict[str, dict[str, str]] = {
+    "peft_config": dict.fromkeys(
+        ["use_dora", "init_lora_weights", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_bias"]
+        + ["layer_replication", "trainable_token_indices", "target_parameters", "loftq_config", "eva_config"]
+        + ["corda_config", "use_qalora", "qalora_group_size", "alora_invocation_tokens", "arrow_config"]
+        + ["lora_ga_config", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"],
+        "is not supported yet",
+    ),
+    "model_kwargs": dict.fromkeys(
+        ["load_in_4bit", "load_in_8bit", "quantization_config", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"]
+        + ["bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"],
+        "is not supported yet",
+    ),
+}
+# Values of refused names that ask for what happens anyway.
+HARMLESS = {"use_dora": False, "init_lora_weights": True, "lora_bias": False, "use_qalora": False, "use_bdlora": False}
+_NOTHING_ASKED = (None, False, [], {}, "")
+
+
+def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """Turns the names given for one section into ours.
+
+    Returns:
+        {"section.name": value} under current names, and the words to say about what was mapped or ignored.
+
+    Raises:
+        RecipeError: listing every unknown or refused name at once.
+    """
+    settled: dict[str, Any] = {}
+    words: list[str] = []
+    faults: list[str] = []
+    for name, value in given.items():
+        path = f"{section}.{name}"
+        if name in SECTIONS[section].model_fields:
+            settled[path] = value
+        elif name in MAPPED[section]:
+            new_path, convert = MAPPED[section][name]
+            settled.setdefault(new_path, convert(value))
+            words.append(f"{path} is read as {new_path}={settled[new_path]}")
+        elif name in NO_COUNTERPART[section]:
+            words.append(f"{path}={value!r} is ignored: {NO_COUNTERPART[section][name]}")
+        elif name in REFUSED.get(section, {}):
+            harmless = value == HARMLESS[name] if name in HARMLESS else value in _NOTHING_ASKED
+            if not harmless:
+                faults.append(f"{path}={value!r} {REFUSED[section][name]}")
+        else:
+            faults.append(f"unknown name {path}{nearest(name, known_names(section))}")
+    if faults:
+        raise RecipeError(where, " and ".join(faults), "correct or remove it")
+    return settled, words
+
+
+def known_names(section: str) -> list[str]:
+    """Every name that `settle` doesn't call unknown."""
+    tables: list[Iterable[str]] = [SECTIONS[section].model_fields, MAPPED[section], NO_COUNTERPART[section]]
+    tables.append(REFUSED.get(section, {}))
+    return sorted({name for table in tables for name in table})
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""

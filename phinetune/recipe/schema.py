@@ -1,0 +1,190 @@
+"""What a run is asked to do: one typed model a section of the recipe.
+
+The names in `training_config` are those of transformers' TrainingArguments and TRL's SFTConfig, the
+names in `peft_config` those of PEFT's LoraConfig.  Unknown names never get here: `names.py` turns them
+into an error, a mapped name or a warning first.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+DATA_TYPES = ("auto", "bfloat16", "float32", "float16", "float64")
+Share = Annotated[float, Field(ge=0, lt=1)]
+WarmupSteps = Annotated[float, Field(ge=0)]
+Strategy = Literal["no", "steps", "epoch"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+def _known_dtype(value: str) -> str:
+    name = value.removeprefix("torch.")
+    name = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "float": "float32", "half": "float16"}.get(name, name)
+    if name not in DATA_TYPES:
+        raise ValueError(f"must be one of {', '.join(DATA_TYPES)}")
+    return name
+
+
+class ModelKwargs(Section):
+    """How the base model is loaded (names of `from_pretrained`)."""
+
+    dtype: Annotated[str, AfterValidator(_known_dtype)] = "auto"
+    """Of the base weights. `auto`: bfloat16, or float32 on a CPU that multiplies bfloat16 more slowly."""
+    attn_implementation: str = "auto"
+    """`auto`: phinetune's packed attention where the model can take it; else as transformers names it."""
+    use_cache: bool = False
+    """While training; generation always uses a cache."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    token: str | None = None
+    """Hub access token; the environment's HF_TOKEN by default."""
+    cache_dir: str | None = None
+    """Where Hub downloads are kept."""
+    trust_remote_code: Literal[False] = False
+    """Never: native model classes only."""
+
+
+class DataConfig(Section):
+    """Which rows, and how a row becomes tokens."""
+
+    train: str | list[str]
+    """JSON Lines file(s) of chats (`{"messages": [...]}` a line), or `phinetune:orders/train`."""
+    eval: Share | str | list[str] | None = None
+    """Held-out rows: files, or a share of `train` such as 0.05."""
+    max_length: PositiveInt = 2048
+    """Tokens a row; a longer row is left out and listed, never cut."""
+    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The run ends before it starts when a larger share of the rows can't be used."""
+    supervise: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are learnt: all assistant turns, the last one, or every token."""
+    max_batch_tokens: PositiveInt = 1024
+    """Tokens laid into one flat batch. Layout only: any value gives the same update."""
+
+
+class TrainingConfig(Section):
+    """How the run goes (names of TrainingArguments)."""
+
+    output_dir: str = "runs/mine"
+    """Where everything is written."""
+    overwrite_output_dir: bool = False
+    """Empties an output folder that holds an earlier run."""
+    per_device_train_batch_size: PositiveInt = 4
+    """Rows a step (times gradient_accumulation_steps, times processes)."""
+    per_device_eval_batch_size: PositiveInt = 32
+    """Prompts answered at once when answers are evaluated."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Multiplies the rows of a step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay, on the LoRA parameters."""
+    adam_beta1: Share = 0.9
+    """AdamW's first moment decay."""
+    adam_beta2: Share = 0.999
+    """AdamW's second moment decay."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    optim: Literal["adamw_torch", "adamw_torch_fused"] = "adamw_torch"
+    """The optimiser."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the rows; may be a fraction."""
+    max_steps: int = -1
+    """Ends after this many steps, whatever the epochs, where positive."""
+    lr_scheduler_type: str = "linear"
+    """linear, cosine, constant, constant_with_warmup, … as transformers names them."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the schedule."""
+    warmup_steps: WarmupSteps = 0.0
+    """Steps of warm-up; below 1, a share of all steps."""
+    packing: bool = False
+    """A step is a token budget (batch size × accumulation × data.max_length), not a number of rows."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass: less memory, a third more work."""
+    gradient_checkpointing_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """`use_reentrant: false` is what is always used."""
+    logging_strategy: Strategy = "steps"
+    """When a line goes to metrics.jsonl."""
+    logging_steps: Annotated[float, Field(gt=0)] = 10
+    """Steps between lines; below 1, a share of all steps."""
+    logging_first_step: bool = True
+    """Also after step 1."""
+    logging_dir: str | None = None
+    """TensorBoard's folder; `output_dir/tensorboard` by default."""
+    log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = "passive"
+    """What train.log and the screen hold; `passive` is info."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+    report_to: Annotated[list[Literal["tensorboard"]], Field()] = Field(default_factory=list)
+    """Further loggers: tensorboard."""
+    run_name: str | None = None
+    """Name shown by those loggers."""
+    eval_strategy: Strategy = "no"
+    """When the held-out loss is taken, beside once at the end."""
+    eval_steps: Annotated[float, Field(gt=0)] | None = None
+    """Steps between evaluations; `logging_steps` by default; below 1, a share of all steps."""
+    eval_on_start: bool = False
+    """Also before step 1."""
+    save_strategy: Strategy = "epoch"
+    """When a checkpoint is written."""
+    save_steps: Annotated[float, Field(gt=0)] = 500
+    """Steps between checkpoints; below 1, a share of all steps."""
+    save_total_limit: PositiveInt | None = 2
+    """Newest checkpoints kept."""
+    seed: NonNegativeInt = 42
+    """Of the LoRA weights, the row order and dropout."""
+    data_seed: NonNegativeInt | None = None
+    """Of the row order and the held-out share; `seed` by default."""
+    use_cpu: bool = False
+    """Stays off an accelerator that is there."""
+
+
+class PeftConfig(Section):
+    """What is trained (names of LoraConfig)."""
+
+    r: PositiveInt = 16
+    """Rank of the update."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: Share = 0.05
+    """Dropout before A."""
+    target_modules: str | list[str] = "all-linear"
+    """Names or suffixes, a regex, or all-linear. q_proj … up_proj mean their rows of Phi-3's fused layers."""
+    exclude_modules: str | list[str] | None = None
+    """Names that get no LoRA."""
+    use_rslora: bool = False
+    """Scales by lora_alpha / √r."""
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    """r by layer name."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """lora_alpha by layer name."""
+    bias: Literal["none"] = "none"
+    """Which biases train."""
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    """The task."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on the held-out rows, beside their loss."""
+
+    metrics: list[Literal["exact_match"]] = Field(default_factory=list)
+    """Of greedy answers, by base and tuned model."""
+    max_new_tokens: PositiveInt = 256
+    """Tokens an answer may have."""
+
+
+class Recipe(Section):
+    """Everything a run is asked to do."""
+
+    model: str
+    """Hub id, local folder, .gguf file, or smollm2 (the embedded one)."""
+    model_kwargs: ModelKwargs = Field(default_factory=ModelKwargs)
+    tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to AutoTokenizer.from_pretrained."""
+    data: DataConfig
+    training_config: TrainingConfig = Field(default_factory=TrainingConfig)
+    peft_config: PeftConfig = Field(default_factory=PeftConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)

@@ -1,0 +1,167 @@
+"""Checkpoints: written whole or not at all, and believed only if their manifest holds.
+
+A checkpoint is written into a temporary folder beside its place: every file, then `manifest.json` with the
+sha256 of each, all flushed to the disk, then one rename.  A kill at any moment leaves the old state or the
+new one.  Nothing in it is a pickle.
+
+    checkpoint-20/
+      adapter_config.json, adapter_model.safetensors    the adapter, readable by PEFT
+      optimizer.safetensors                             AdamW's moments, by parameter name
+      state.json                                        step, counters, recipe and data of the run
+      manifest.json                                     sha256 of the above
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from phinetune.adapter import load_adapter_tensors, read_adapter, save_adapter
+from phinetune.errors import CheckpointError
+from phinetune.recipe import PeftConfig
+from phinetune.train.optimiser import trainable_parameters
+
+log = logging.getLogger(__name__)
+
+OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
+MINIMUM_KEPT = 2  # so that a damaged newest one has a whole one behind it
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the adapter belongs to, as its adapter_config.json says it."""
+
+    model: str
+    revision: str | None
+    peft_config: PeftConfig
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    base: Base,
+    keep: int | None,
+) -> Path:
+    """Writes `folder/checkpoint-STEP`, then removes the oldest beyond `keep`."""
+    final = folder / f"checkpoint-{step}"
+    work = folder / f".tmp-checkpoint-{step}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        save_adapter(model, work, base.peft_config, base.model, base.revision)
+        save_file(_moments(model, optimizer), work / OPTIMIZER)
+        (work / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
+        digests = {path.name: _sha256(path) for path in sorted(work.iterdir())}
+        (work / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n", encoding="utf-8")
+        for path in work.iterdir():
+            _flush(path)
+        _flush(work)
+        if final.exists():  # left behind by an earlier life of this run
+            shutil.rmtree(final)
+        work.rename(final)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if keep is not None:
+        for old in list_checkpoints(folder)[max(keep, MINIMUM_KEPT) :]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Newest first; whether they are whole is not looked at."""
+    found = [(int(match.group(1)), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose manifest holds; damaged ones are named and passed over."""
+    for work in folder.glob(".tmp-checkpoint-*"):  # a save that was cut short
+        shutil.rmtree(work, ignore_errors=True)
+    for path in list_checkpoints(folder):
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        log.warning("%s is damaged (%s): an earlier one is tried", path, fault)
+    return None
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest; None if it is whole."""
+    try:
+        digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        for name in digests:
+            if Path(name).name != name:
+                return f"its manifest names {name!r}"
+            if _sha256(checkpoint / name) != digests[name]:
+                return f"{name} has changed"
+        missing = {OPTIMIZER, STATE} - digests.keys()
+        return f"its manifest lacks {', '.join(sorted(missing))}" if missing else None
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} can't be read ({error})"
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint that is whole.
+
+    Raises:
+        CheckpointError: if it isn't.
+    """
+    fault = find_fault(checkpoint)
+    if fault is not None:
+        raise CheckpointError(str(checkpoint), f"can't be resumed: {fault}", "give an earlier checkpoint")
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts the adapter and AdamW's moments back, bit for bit."""
+    _, tensors = read_adapter(checkpoint)
+    load_adapter_tensors(model, tensors, str(checkpoint))
+    moments = load_file(checkpoint / OPTIMIZER)
+    for name, parameter in trainable_parameters(model).items():
+        optimizer.state[parameter] = {
+            key.removeprefix(f"{name}."): value.to(parameter.device) if key.endswith(("avg", "avg_sq")) else value
+            for key, value in moments.items()
+            if key.rpartition(".")[0] == name
+        }
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """{parameter.exp_avg: …, parameter.exp_avg_sq: …, parameter.step: …}"""
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, parameter in trainable_parameters(model).items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """fsync: what was written survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

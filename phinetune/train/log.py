@@ -1,0 +1,100 @@
+"""Where a run says what it does: the screen, train.log, metrics.jsonl, TensorBoard."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from phinetune.errors import InputError
+from phinetune.recipe import TrainingConfig
+
+METRICS = "metrics.jsonl"
+console = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def run_log(folder: Path, level: str) -> Iterator[None]:
+    """Everything logged under `phinetune` goes to the screen and to `train.log`, for a `with` block."""
+    logger = logging.getLogger("phinetune")
+    screen = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
+    file = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = logger.level
+    logger.setLevel("INFO" if level == "passive" else level.upper())
+    for handler in (screen, file):
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (screen, file):
+            logger.removeHandler(handler)
+        file.close()
+        logger.setLevel(before)
+
+
+class MetricsWriter:
+    """A JSON object a line in metrics.jsonl, and the same numbers in TensorBoard when asked for."""
+
+    def __init__(self, folder: Path, config: TrainingConfig, first_step: int) -> None:
+        self._path = folder / METRICS
+        if first_step > 0 and self._path.exists():
+            self._forget_after(first_step)
+        self._file = self._path.open("a" if first_step > 0 else "w", encoding="utf-8")
+        self._board = _tensorboard(folder, config) if "tensorboard" in config.report_to else None
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(metrics)) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _forget_after(self, step: int) -> None:
+        """A resumed run writes the steps after its checkpoint again."""
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self._path.write_text("".join(kept), encoding="utf-8")
+
+
+def _tensorboard(folder: Path, config: TrainingConfig) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "training_config.report_to", "TensorBoard is not installed", "pip install 'phinetune[tensorboard]'"
+        ) from None
+    return SummaryWriter(config.logging_dir or str(folder / "tensorboard"))
+
+
+class ProgressBar:
+    """A bar with loss, tokens a second and the time left; nothing where the output is no terminal."""
+
+    def __init__(self, what: str, total: int, shown: bool = True, done: int = 0) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        self._progress = Progress(
+            *columns, TextColumn("{task.fields[note]}"), console=console, disable=not shown or not sys.stderr.isatty()
+        )
+        self._task: TaskID = self._progress.add_task(what, total=total, completed=done, note="")
+
+    def __enter__(self) -> "ProgressBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def advance(self, steps: int = 1, note: str = "", what: str | None = None) -> None:
+        self._progress.update(self._task, advance=steps, note=note, **({"description": what} if what else {}))

@@ -1,0 +1,66 @@
+"""Memory as phinetune counts it: the peak of anonymous plus shared memory over the process tree.
+
+Mapped files (a model's weights read from the page cache) don't count: the system can drop them at will.
+"""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+INTERVAL = 0.05  # seconds
+
+
+class MemoryPeak:
+    """Samples while a `with` block runs; `gb` is the peak so far, in units of 10⁹ bytes."""
+
+    def __init__(self) -> None:
+        self._peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-peak", daemon=True)
+
+    def __enter__(self) -> "MemoryPeak":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def gb(self) -> float:
+        self._peak = max(self._peak, memory_in_use())
+        return self._peak / 1e9
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            self._peak = max(self._peak, memory_in_use())
+
+
+def memory_in_use() -> int:
+    """RssAnon + RssShmem of this process and its children, in bytes; the peak resident size off Linux."""
+    if not sys.platform.startswith("linux"):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return sum(_anonymous_and_shared(pid) for pid in _process_tree(os.getpid()))
+
+
+def _process_tree(pid: int) -> list[int]:
+    pids = [pid]
+    for known in pids:  # grows while it is walked
+        for task in Path(f"/proc/{known}/task").glob("*/children"):
+            try:
+                pids += map(int, task.read_text().split())
+            except OSError:
+                pass
+    return pids
+
+
+def _anonymous_and_shared(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
