@@ -1,7 +1,7 @@
 """Answers from a model: greedy and batched for evaluation, streamed for a person.
 
 Generation ends at every token that ends a turn: the tokenizer's end of text, what the model's generation config
-names, and the control tokens that the chat template writes behind an assistant's words (Phi-3: <|end|>).
+names, and the control tokens that the chat template writes behind words (Phi-3: <|end|>, <|assistant|>).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token id that ends an answer."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured])
-    ids |= {tokenizer.eos_token_id, *Renderer(tokenizer).end_of_turn_ids()}
+    ids |= {tokenizer.eos_token_id, *Renderer(tokenizer).turn_ids()}
     return sorted(i for i in ids if i is not None)
 
 

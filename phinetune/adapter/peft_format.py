@@ -26,14 +26,19 @@ from torch import Tensor, nn
 
 from phinetune import lora
 from phinetune.errors import AdapterError
-from phinetune.lora.adapt import FusedParts, replace_module
+from phinetune.lora.adapt import FusedParts, from_pattern, replace_module
 from phinetune.recipe import PeftConfig
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # What a layer read from an adapter may not ask for yet, with the values that ask for nothing.
-UNSUPPORTED = {"use_dora": (False, None), "modules_to_save": (None, []), "lora_bias": (False, None), "bias": ("none", None)}
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +134,9 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterError(str(folder / CONFIG_FILE), f"is not valid JSON ({error})", "save the adapter again") from None
+        raise AdapterError(
+            str(folder / CONFIG_FILE), f"is not valid JSON ({error})", "save the adapter again"
+        ) from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(str(folder / CONFIG_FILE), "is not a LoRA adapter", "only peft_type LORA can be read")
     for name, harmless in UNSUPPORTED.items():
@@ -150,7 +157,9 @@ def load_adapter(model: nn.Module, folder: str | Path, fused: FusedParts | None 
         AdapterError: as above, or if the model has no such layers.
     """
     config, tensors = read_adapter(folder)
-    names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    names = [
+        key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")
+    ]
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = [name for name in names if name not in linears]
     if unknown or not names:
@@ -172,7 +181,7 @@ def load_adapter(model: nn.Module, folder: str | Path, fused: FusedParts | None 
         }
         layer: lora.Linear
         if splits and enabled:
-            layout = {"enable_lora": enabled, "out_splits": list(splits.values())}
+            layout: dict[str, Any] = {"enable_lora": enabled, "out_splits": list(splits.values())}
             options["lora_alpha"] *= rank // sum(enabled)
             layer = lora.MergedLinear.from_base(base, r=rank // sum(enabled), **options, **layout)
         else:
@@ -195,17 +204,12 @@ def _enabled_parts(lora_B: Tensor, splits: list[int]) -> list[bool] | None:
     for index, part in enumerate(part for part, on in zip(rows, enabled, strict=True) if on):
         if part[:, : index * r].any() or part[:, (index + 1) * r :].any():
             return None
-    # One part over the whole rank says nothing of blocks unless the others are untouched.
     return enabled
 
 
 def _scaling_from(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / r, or alpha / √r with rslora; patterns are regexes `(.*\\.)?(KEY)$`, the first match wins."""
-    alpha = config.get("lora_alpha", 8)
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            alpha = value
-            break
+    """alpha / r, or alpha / √r with rslora."""
+    alpha = from_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -216,7 +220,9 @@ def _shortest_names(model: nn.Module, names: list[str]) -> list[str]:
 
 def _short_name(model: nn.Module, name: str, names: set[str]) -> str:
     own = name.rpartition(".")[2]
-    namesakes = {n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n.rpartition(".")[2] == own}
+    namesakes = {
+        n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n.rpartition(".")[2] == own
+    }
     return own if namesakes <= names else name
 
 

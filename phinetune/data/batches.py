@@ -37,7 +37,9 @@ class FlatBatch:
         return FlatBatch(ids, position_ids, self.bounds, predict, targets)
 
 
-def plan_epoch(lengths: Sequence[int], epoch: int, seed: int, config: TrainingConfig, max_length: int) -> list[list[int]]:
+def plan_epoch(
+    lengths: Sequence[int], epoch: int, seed: int, config: TrainingConfig, max_length: int
+) -> list[list[int]]:
     """The rows of each step of an epoch, from (seed, epoch) alone: any step can be found again."""
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(lengths)).tolist()
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -107,4 +109,3 @@ def flatten(examples: Sequence[Example]) -> FlatBatch:
 
 def supervised_tokens(examples: Sequence[Example]) -> int:
     return sum(example.supervised for example in examples)
-

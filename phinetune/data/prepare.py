@@ -16,9 +16,10 @@ from phinetune.recipe import DataConfig
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples to train on and to hold out, the rows the latter come from, and both ledgers."""
+    """Examples to train on and to hold out, the rows they come from, and both ledgers."""
 
     train: list[Example]
+    train_rows: list[Row]
     eval: list[Example]
     eval_rows: list[Row]
     ledgers: dict[str, Ledger]
@@ -46,20 +47,21 @@ def prepare(
     """
     renderer = Renderer(tokenizer, config.supervise)
     train_said, train_read = _read(config.train if train_rows is None else train_rows)
-    eval_said, eval_read = train_said, []
+    eval_said: str = train_said
+    eval_read: list[Row | Rejected] = []
     if eval_rows is not None or isinstance(config.eval, str | list):
         eval_said, eval_read = _read(config.eval if eval_rows is None else eval_rows)
     elif config.eval:
         train_read, eval_read = _hold_out(train_read, config.eval, seed, train_said)
 
     ledgers = {"train": Ledger(train_said)}
-    train = [example for _, example in _render(train_read, renderer, config.max_length, ledgers["train"])]
     if eval_read:
         ledgers["eval"] = Ledger(eval_said)
-    held_out = list(_render(eval_read, renderer, config.max_length, ledgers["eval"])) if eval_read else []
+    train_rows, train = _render(train_read, renderer, config.max_length, ledgers["train"])
+    held_rows, held_out = _render(eval_read, renderer, config.max_length, ledgers.get("eval", Ledger("")))
     for ledger in ledgers.values():
         ledger.check(config.max_rejected)
-    return Prepared(train, [example for _, example in held_out], [row for row, _ in held_out], ledgers)
+    return Prepared(train, train_rows, held_out, held_rows, ledgers)
 
 
 def _read(source: Any) -> tuple[str, list[Row | Rejected]]:
@@ -73,12 +75,17 @@ def _read(source: Any) -> tuple[str, list[Row | Rejected]]:
 
 def _render(
     read: Iterable[Row | Rejected], renderer: Renderer, max_length: int, ledger: Ledger
-) -> Iterable[tuple[Row, Example]]:
+) -> tuple[list[Row], list[Example]]:
+    """The rows that can be used and their examples; every row's fate is entered in the ledger."""
+    rows: list[Row] = []
+    examples: list[Example] = []
     for row in read:
         outcome = row if isinstance(row, Rejected) else renderer.example(row, max_length)
         ledger.enter(outcome)
         if isinstance(row, Row) and isinstance(outcome, Example):
-            yield row, outcome
+            rows.append(row)
+            examples.append(outcome)
+    return rows, examples
 
 
 def _hold_out(

@@ -71,15 +71,18 @@ class Renderer:
         """The text that asks the model for the next assistant turn."""
         return self._render(messages, add_generation_prompt=True)
 
-    def end_of_turn_ids(self) -> list[int]:
-        """The control tokens that the template writes behind an assistant's words."""
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    def turn_ids(self) -> list[int]:
+        """The control tokens that end an assistant's words or open the next turn: no answer goes on past one."""
+        said = "8472"  # words that no template writes of its own
+        chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
         try:
-            text, [(start, end)] = self.spans(turn)
+            text, spans = self.spans(chat)
+            opening = self.prompt(chat[:1]).rpartition(said)[2]
         except CannotRender:
             return []
-        found = self._control.findall(text, start, end)
-        return [self.tokenizer.convert_tokens_to_ids(token) for token in found]
+        found = [token for start, end in spans for token in self._control.findall(text, start, end)]
+        found += self._control.findall(opening)
+        return sorted({self.tokenizer.convert_tokens_to_ids(token) for token in found})
 
     def spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """The whole text, and the character spans of it that are learnt.
@@ -137,10 +140,9 @@ class Renderer:
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         if not messages:
             return ""
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             raise CannotRender(f"the chat template refuses it ({error})") from error
 

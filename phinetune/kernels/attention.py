@@ -10,6 +10,8 @@ The square is never built: each example gets its own call.  Shape suffixes: H qu
 heads, G query heads a key-value head (H = K·G), T tokens, L tokens of one example, D head width.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def packed_attention(
     Returns:
         (H, T, D).
     """
-    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
     # One split each, so that the backward pass is one concatenation, not a zero-filled pack an example.
     examples = zip(q_HTD.split(lengths, 1), k_KTD.split(lengths, 1), v_KTD.split(lengths, 1), strict=True)
     outs = [_one_example(q, k, v, scaling, window) for q, k, v in examples]

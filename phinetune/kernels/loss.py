@@ -7,7 +7,7 @@ gradient is made on the spot, in the forward pass; only the gradient of the hidd
 Shape suffixes: N supervised tokens, C tokens of a chunk, D hidden width, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ def linear_cross_entropy_sum(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Te
     """
     if not (torch.is_grad_enabled() and hidden_ND.requires_grad):
         return _sum_over_chunks(hidden_ND, weight_VD, targets_N, None)
-    return _LinearCrossEntropySum.apply(hidden_ND, weight_VD, targets_N)
+    return cast(Tensor, _LinearCrossEntropySum.apply(hidden_ND, weight_VD, targets_N))
 
 
 def linear_cross_entropy_sum_reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -64,21 +64,24 @@ def adapt(
     for name, parts in targets.items():
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
-        layer_r = _from_pattern(rank_pattern, name, r)
-        layer_alpha = _from_pattern(alpha_pattern, name, lora_alpha)
-        options = {"r": layer_r, "lora_alpha": layer_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora}
+        options: dict[str, Any] = {
+            "r": from_pattern(rank_pattern, name, r),
+            "lora_alpha": from_pattern(alpha_pattern, name, lora_alpha),
+            "lora_dropout": lora_dropout,
+            "use_rslora": use_rslora,
+            "dtype": dtype,
+        }
         layer: Linear
         if parts:
             splits = (fused or {})[name.rpartition(".")[2]]
             layer = MergedLinear.from_base(
                 base,
                 **options,
-                dtype=dtype,
                 enable_lora=[part in parts for part in splits],
                 out_splits=list(splits.values()),
             )
         else:
-            layer = Linear.from_base(base, **options, dtype=dtype)
+            layer = Linear.from_base(base, **options)
         replace_module(model, name, layer)
     return list(targets)
 
@@ -161,7 +164,7 @@ def _match_targets(
         return {name: [] for name in whole}
 
     # Every name a target may mean: real layers, and the parts of fused ones beside their siblings.
-    candidates: dict[str, tuple[str, str | None]] = {name: (name, None) for name in linears}
+    candidates: dict[str, tuple[str, str | None]] = {linear: (linear, None) for linear in linears}
     for name in linears:
         parent, _, own = name.rpartition(".")
         for part in fused.get(own, ()):
@@ -176,9 +179,9 @@ def _match_targets(
         if not matched:
             missing.append(target)
         for candidate in matched:
-            name, part = candidates[candidate]
-            if not _matches(candidate, exclude_modules) and not _matches(name, exclude_modules):
-                hits.setdefault(name, set()).add(part)
+            linear, meant = candidates[candidate]
+            if not _matches(candidate, exclude_modules) and not _matches(linear, exclude_modules):
+                hits.setdefault(linear, set()).add(meant)
     if missing or not hits:
         raise TargetError(_nothing_matched(missing or wanted, candidates))
 
@@ -187,7 +190,9 @@ def _match_targets(
         if name in hits:
             parts = [part for part in fused.get(name.rpartition(".")[2], ()) if part in hits[name]]
             if None in hits[name] and parts:
-                raise TargetError(f"target_modules names both {name} and its parts {', '.join(parts)}: name one or the other")
+                raise TargetError(
+                    f"target_modules names both {name} and its parts {', '.join(parts)}: name one or the other"
+                )
             targets[name] = parts
     return targets
 
@@ -201,7 +206,8 @@ def _matches(name: str, targets: str | Sequence[str] | None) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _from_pattern(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
+def from_pattern(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
+    r"""PEFT's rule for rank_pattern and alpha_pattern: keys are regexes `(.*\.)?(KEY)$`, the first match wins."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value

@@ -14,7 +14,7 @@ Shape suffixes: T tokens, K inputs, N outputs, R ranks of all blocks together, r
        [ A_v ]           [ B_v ]  n_v       y[:, q] += s · (x A_qᵀ) B_qᵀ;  y[:, v] += s · (x A_vᵀ) B_vᵀ
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +60,13 @@ def lora_linear(
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)
             args = (x.to(dtype), weight.to(dtype), bias, lora_A, lora_B, scaling, blocks, dropout_p)
-            return _LoRALinear.apply(*args)
-    return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p)
+            return cast(Tensor, _LoRALinear.apply(*args))
+    return cast(Tensor, _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, blocks, dropout_p))
 
 
-def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float, blocks: tuple[Block, ...], out_features: int) -> Tensor:
+def delta_weight(
+    lora_A: Tensor, lora_B: Tensor, scaling: float, blocks: tuple[Block, ...], out_features: int
+) -> Tensor:
     """ΔW (N, K) in fp32 (fp64 for fp64 parameters): what merging adds to the base weight."""
     dtype = torch.promote_types(lora_A.dtype, torch.float32)
     A_RK, B_Nr = lora_A.detach().to(dtype), lora_B.detach().to(dtype)

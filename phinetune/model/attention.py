@@ -36,7 +36,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """query (B, H, T, D), key and value (B, K, T, D) -> (B, T, H, D), as transformers' attention functions."""
     if bounds is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return out, None
     assert query.shape[0] == 1 and bounds[-1] == key.shape[2], "a flat batch is one line, without a cache"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_HTD = packed_attention(query[0], key[0], value[0], bounds, scaling, sliding_window)

@@ -72,7 +72,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         if dtype is torch.bfloat16 and device.type == "cpu" and (ratio := bfloat16_speed()) < 1:
-            log.warning("this CPU multiplies bfloat16 at %.2f times float32's rate: dtype=float32 is faster here", ratio)
+            log.warning(
+                "this CPU multiplies bfloat16 at %.2f times float32's rate: dtype=float32 is faster here", ratio
+            )
         return dtype
     if device.type == "cpu" and bfloat16_speed() < 1:
         return torch.float32

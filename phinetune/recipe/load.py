@@ -36,7 +36,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     try:
         given = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(str(path), f"is not valid YAML ({' '.join(str(error).split())})", "correct that line") from None
+        raise RecipeError(
+            str(path), f"is not valid YAML ({' '.join(str(error).split())})", "correct that line"
+        ) from None
     if not isinstance(given, dict):
         raise RecipeError(str(path), "is not a mapping of settings", "begin with `model: smollm2`")
     for override in overrides:

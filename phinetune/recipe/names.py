@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from phinetune.errors import RecipeError
-from phinetune.recipe.schema import DataConfig, EvaluationConfig, ModelKwargs, PeftConfig, TrainingConfig
+from phinetune.recipe.schema import DataConfig, EvaluationConfig, ModelKwargs, PeftConfig, Section, TrainingConfig
 
-SECTIONS = {
+SECTIONS: dict[str, type[Section]] = {
     "model_kwargs": ModelKwargs,
     "data": DataConfig,
     "training_config": TrainingConfig,
@@ -110,8 +110,19 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
             ["do_train", "do_eval", "do_predict", "prediction_loss_only", "eval_accumulation_steps", "eval_delay"]
             + ["eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"]
             + ["include_inputs_for_metrics", "include_tokens_per_second", "include_num_input_tokens_seen", "debug"]
-            + ["skip_memory_metrics", "use_legacy_prediction_loop", "past_index", "restore_callback_states_from_checkpoint"]
-            + ["logging_nan_inf_filter", "jit_mode_eval", "enable_jit_checkpoint", "dataset_kwargs", "torch_empty_cache_steps"]
+            + [
+                "skip_memory_metrics",
+                "use_legacy_prediction_loop",
+                "past_index",
+                "restore_callback_states_from_checkpoint",
+            ]
+            + [
+                "logging_nan_inf_filter",
+                "jit_mode_eval",
+                "enable_jit_checkpoint",
+                "dataset_kwargs",
+                "torch_empty_cache_steps",
+            ]
             + ["evaluate_during_training", "save_safetensors", "fp16_full_eval", "bf16_full_eval", "full_determinism"],
             _NO_TRAINER,
         ),
@@ -181,7 +192,7 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 # Values of refused names that ask for what happens anyway.
 HARMLESS = {"use_dora": False, "init_lora_weights": True, "lora_bias": False, "use_qalora": False, "use_bdlora": False}
-_NOTHING_ASKED = (None, False, [], {}, "")
+_NOTHING_ASKED: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:

@@ -21,7 +21,9 @@ class Section(BaseModel):
 
 def _known_dtype(value: str) -> str:
     name = value.removeprefix("torch.")
-    name = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "float": "float32", "half": "float16"}.get(name, name)
+    name = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "float": "float32", "half": "float16"}.get(
+        name, name
+    )
     if name not in DATA_TYPES:
         raise ValueError(f"must be one of {', '.join(DATA_TYPES)}")
     return name

@@ -85,7 +85,9 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Newest first; whether they are whole is not looked at."""
-    found = [(int(match.group(1)), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match.group(1)), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 

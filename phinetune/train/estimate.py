@@ -54,4 +54,4 @@ def expected_gb(model: Any, batch_tokens: int) -> float:
     element = torch.finfo(model.dtype).bits // 8
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     kept = (34 * config.hidden_size + 8 * intermediate) * element * config.num_hidden_layers * batch_tokens
-    return (sum(base.values()) + trained + kept) / 1e9 + 0.6
+    return float(sum(base.values()) + trained + kept) / 1e9 + 0.6

@@ -5,7 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from phinetune.data import Prepared, plan_run, prepare, supervised_tokens, write
 from phinetune.errors import CheckpointError, RecipeError
 from phinetune.evaluate import Comparison, compare
 from phinetune.lora import lora_layers
-from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, takes_flat_batches
+from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype, takes_flat_batches
 from phinetune.recipe import Recipe, dump_recipe
 from phinetune.train.checkpoint import Base, load_checkpoint, newest_whole_checkpoint, read_state
 from phinetune.train.estimate import expected_gb, expected_seconds
@@ -30,7 +30,14 @@ log = logging.getLogger(__name__)
 # What may differ between a run and its resumption, since no update depends on it.
 FREE_TO_CHANGE = {
     "training_config": {
-        *("output_dir", "overwrite_output_dir", "logging_strategy", "logging_steps", "logging_first_step", "logging_dir"),
+        *(
+            "output_dir",
+            "overwrite_output_dir",
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+            "logging_dir",
+        ),
         *("log_level", "disable_tqdm", "report_to", "run_name", "eval_strategy", "eval_steps", "eval_on_start"),
         *("save_strategy", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     },
@@ -84,21 +91,22 @@ def train(
     steps = plan_run([len(example.ids) for example in data.train], seed, config, recipe.data.max_length)
     learning_rate_at = learning_rates(config, len(steps))
 
+    device = pick_device(config.use_cpu)
+    recipe.model_kwargs.dtype = str(resolve_dtype(recipe.model_kwargs.dtype, device)).removeprefix("torch.")
+
     with MemoryPeak() as memory, _output(folder, recipe, data, tokenizer, resume):
         for word in words:
             log.warning(word)
         began = time.perf_counter()
-        model = load_model(recipe.model, recipe.model_kwargs, pick_device(config.use_cpu))
+        model = load_model(recipe.model, recipe.model_kwargs, device)
         adapt_model(model, recipe.peft_config, config.seed)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         optimizer = make_optimizer(model, config)
         base = Base(recipe.model, recipe.model_kwargs.revision, recipe.peft_config)
-        identity = _identity(recipe, model, data)
-        loop = Loop(
-            *(recipe, model, optimizer, learning_rate_at, steps, data.train, data.eval, folder, base, identity)
-        )
+        identity = _identity(recipe, data)
+        loop = Loop(*(recipe, model, optimizer, learning_rate_at, steps, data.train, data.eval, folder, base, identity))
         if resume:
             _resume(loop, resume)
         _announce(loop, data)
@@ -106,7 +114,7 @@ def train(
         loop.run()
 
         save_adapter(model, folder, recipe.peft_config, base.model, base.revision)
-        comparison = _compare(recipe, model, tokenizer, data) if data.eval else None
+        comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
         summary = {
             "model": recipe.model,
             "rows": len(data.train),
@@ -116,7 +124,9 @@ def train(
             **(comparison.summary() if comparison else {}),
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        log.info("done: %d steps in %.0f s, peak memory %.2f GB, %s", *(len(steps), summary["seconds"], memory.gb, folder))
+        log.info(
+            "done: %d steps in %.0f s, peak memory %.2f GB, %s", *(len(steps), summary["seconds"], memory.gb, folder)
+        )
     return Result(folder, summary, comparison)
 
 
@@ -140,7 +150,7 @@ def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, resume
     return run_log(folder, recipe.training_config.log_level)
 
 
-def _identity(recipe: Recipe, model: Any, data: Prepared) -> dict[str, Any]:
+def _identity(recipe: Recipe, data: Prepared) -> dict[str, Any]:
     """Everything an update depends on: a checkpoint is resumed only by a run that agrees with it."""
     settings = {
         f"{section}.{name}" if isinstance(value, BaseModel) else section: item
@@ -148,7 +158,6 @@ def _identity(recipe: Recipe, model: Any, data: Prepared) -> dict[str, Any]:
         for name, item in (value if isinstance(value, BaseModel) else [("", value)])
         if name not in FREE_TO_CHANGE.get(section, ()) and section != "evaluation"
     }
-    settings["model_kwargs.dtype"] = str(model.dtype).removeprefix("torch.")
     return {**settings, "data": data.fingerprint, "rows": len(data.train)}
 
 
@@ -164,7 +173,9 @@ def _resume(loop: Loop, resume: bool | str | Path) -> None:
     changed = [name for name in now if then.get(name) != now[name]]
     if changed:
         listed = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in changed[:5])
-        raise CheckpointError(str(checkpoint), f"belongs to another run ({listed})", "resume with its own recipe and data")
+        raise CheckpointError(
+            str(checkpoint), f"belongs to another run ({listed})", "resume with its own recipe and data"
+        )
     load_checkpoint(checkpoint, loop.model, loop.optimizer)
     loop.step, loop.counters = state["step"], Counters(**state["counters"])
     log.info("resuming behind step %d from %s", loop.step, checkpoint)
@@ -175,15 +186,19 @@ def _announce(loop: Loop, data: Prepared) -> None:
     model, steps_left = loop.model, loop.steps[loop.step :]
     for name, ledger in data.ledgers.items():
         log.info(
-            "%s: %d rows of %s used, %d rejected; %d tokens, %d of them supervised",
-            *(name, ledger.used, ledger.source, len(ledger.rejected), ledger.tokens, ledger.supervised),
+            "%s: %s rows of %s used, %s rejected; %s tokens, %s of them supervised",
+            *(name, f"{ledger.used:,}", ledger.source, f"{len(ledger.rejected):,}"),
+            *(f"{ledger.tokens:,}", f"{ledger.supervised:,}"),
         )
     for ledger in data.ledgers.values():
         for rejected in ledger.rejected[:5]:
             log.warning("left out %s: %s", rejected.where, rejected.reason)
     layers = list(lora_layers(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("model: %s in %s, %d layers adapted, %d trainable parameters", *(loop.base.model, model.dtype, len(layers), trained))
+    log.info(
+        "model: %s in %s, %s layers adapted, %s trainable parameters",
+        *(loop.base.model, loop.recipe.model_kwargs.dtype, len(layers), f"{trained:,}"),
+    )
     if not takes_flat_batches(model):
         log.info("%s models take the general path: a row at a time", model.config.model_type)
     tokens = sum(len(loop.train[row].ids) for rows in steps_left for row in rows)
@@ -192,14 +207,14 @@ def _announce(loop: Loop, data: Prepared) -> None:
     longest = max(len(example.ids) for example in loop.train)
     batch_tokens = max(longest, min(largest, loop.recipe.data.max_batch_tokens))
     log.info(
-        "%d steps, %d tokens, %d of them supervised; expected: %.0f s, %.1f GB",
-        *(len(steps_left), tokens, supervised),
+        "%s steps, %s tokens, %s of them supervised; expected: %.0f s, %.1f GB",
+        *(f"{len(steps_left):,}", f"{tokens:,}", f"{supervised:,}"),
         *(expected_seconds(model, loop.train, tokens), expected_gb(model, batch_tokens)),
     )
 
 
-def _compare(recipe: Recipe, model: Any, tokenizer: Any, data: Prepared) -> Comparison:
-    """Base against tuned on the held-out rows."""
+def _compare(recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, folder: Path) -> Comparison:
+    """Base against tuned on the held-out rows; their answers go to answers.jsonl."""
     total = 2 * len(data.eval_rows) if recipe.evaluation.metrics else 0
     with ProgressBar("evaluating", total, bool(total) and not recipe.training_config.disable_tqdm) as bar:
         comparison = compare(
@@ -214,4 +229,7 @@ def _compare(recipe: Recipe, model: Any, tokenizer: Any, data: Prepared) -> Comp
         )
     for who, measured in (("base ", comparison.base), ("tuned", comparison.tuned)):
         log.info("%s  %s", who, "  ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+    if recipe.evaluation.metrics:
+        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in comparison.answers)
     return comparison

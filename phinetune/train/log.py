@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from phinetune.errors import InputError
@@ -23,7 +22,7 @@ console = Console(stderr=True, highlight=False)
 def run_log(folder: Path, level: str) -> Iterator[None]:
     """Everything logged under `phinetune` goes to the screen and to `train.log`, for a `with` block."""
     logger = logging.getLogger("phinetune")
-    screen = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
+    screen = _Screen()
     file = logging.FileHandler(folder / "train.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = logger.level
@@ -37,6 +36,14 @@ def run_log(folder: Path, level: str) -> Iterator[None]:
             logger.removeHandler(handler)
         file.close()
         logger.setLevel(before)
+
+
+class _Screen(logging.Handler):
+    """Plain lines, printed above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        console.print(record.getMessage(), style=style, markup=False, soft_wrap=True)
 
 
 class MetricsWriter:
@@ -97,4 +104,4 @@ class ProgressBar:
         self._progress.stop()
 
     def advance(self, steps: int = 1, note: str = "", what: str | None = None) -> None:
-        self._progress.update(self._task, advance=steps, note=note, **({"description": what} if what else {}))
+        self._progress.update(self._task, advance=steps, description=what, note=note)

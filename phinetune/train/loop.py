@@ -240,18 +240,18 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for stopping, handler in before.items():
+            signal.signal(stopping, handler)
         log.info("%s: finishing this step and writing a checkpoint", signal.Signals(number).name)
 
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            before[name] = signal.signal(name, note)
+        for stopping in (signal.SIGINT, signal.SIGTERM):
+            before[stopping] = signal.signal(stopping, note)
     except ValueError:  # not the main thread: signals are somebody else's
         pass
     try:
         yield caught
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for stopping, handler in before.items():
+            signal.signal(stopping, handler)

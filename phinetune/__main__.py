@@ -1,0 +1,5 @@
+"""`python -m phinetune`"""
+
+from phinetune.cli import main
+
+main()

@@ -1,0 +1,124 @@
+"""The `phinetune` command. Heavy imports happen inside the verbs, so that `--help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+import phinetune
+from phinetune.errors import PhinetuneError
+
+app = typer.Typer(
+    help="Fine-tune Phi-3 and its relatives with LoRA, on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty an output folder that isn't empty.")]
+
+
+def main() -> None:
+    """Runs the command line; a fault of the user's is one line on standard error, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except PhinetuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "phinetune"
+        print(f"error: {where}: {error.format_message()}; see `{where} --help`", file=sys.stderr)
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    sys.exit(code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(phinetune.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the run is written.")] = Path("runs/demo"),
+    seed: Annotated[int | None, typer.Option(help="Another seed than the recipe's.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune the embedded model on the shipped example and show before and after."""
+    from phinetune.cli.demo import run_demo
+
+    run_demo(output_dir, seed, overwrite)
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help='Your chats: JSON Lines, one {"messages": [...]} a line.')],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option(help="Model to tune; chosen by the machine's memory by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that is there.")] = False,
+) -> None:
+    """Look at your data and this machine, and write a commented recipe."""
+    from phinetune.cli.init import write_recipe
+
+    write_recipe(data, output, model, overwrite)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value settings over the recipe's; with --resume also a checkpoint.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, or the one named.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune as a recipe says."""
+    from phinetune.cli.train import run_train
+
+    run_train(recipe, overrides or [], resume, overwrite)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's output folder, a checkpoint, or another adapter folder.")],
+    data: Annotated[str | None, typer.Option(help="Held-out chats; the run's own by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
+    answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Also generate, and compare exactly.")] = True,
+    json: Json = False,
+) -> None:
+    """Measure base and tuned model on held-out chats: loss, perplexity, exact match."""
+    from phinetune.cli.evaluate import run_evaluate
+
+    run_evaluate(run, data, max_new_tokens, answers, json)
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="A run's output folder, an adapter folder, or a model.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this one thing and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Base and tuned model side by side.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+) -> None:
+    """Talk to a tuned model."""
+    from phinetune.cli.chat import run_chat
+
+    run_chat(run, prompt, system, compare, max_new_tokens, temperature)

@@ -1,0 +1,63 @@
+"""`phinetune chat`"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from phinetune.cli.evaluate import recipe_of
+from phinetune.errors import AdapterError
+from phinetune.recipe import ModelKwargs
+
+
+def run_chat(
+    run: str, prompt: str | None, system: str | None, compare: bool, max_new_tokens: int, temperature: float
+) -> None:
+    from phinetune import lora
+    from phinetune.adapter import is_adapter, load_tuned
+    from phinetune.cli.quiet import quiet_libraries
+    from phinetune.generate import stream
+    from phinetune.model import load_model, load_tokenizer, pick_device
+
+    quiet_libraries()
+    if is_adapter(run):
+        recipe = recipe_of(Path(run))
+        model, tokenizer = load_tuned(run, recipe.model_kwargs if recipe else ModelKwargs())
+        lora.fuse(model)
+    elif compare:
+        raise AdapterError(run, "is no adapter, so there is nothing to compare with its base", "give a run's folder")
+    else:
+        tokenizer = load_tokenizer(run, ModelKwargs())
+        model = load_model(run, ModelKwargs(), pick_device(use_cpu=False))
+
+    def answer(messages: list[dict[str, Any]]) -> str:
+        said = stream(model, tokenizer, messages, max_new_tokens, temperature, _write)
+        print()
+        return said
+
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for said in [prompt] if prompt is not None else _asked():
+        messages.append({"role": "user", "content": said})
+        if compare:
+            _write("base   ")
+            with lora.disabled(model):
+                answer(messages)
+            _write("tuned  ")
+        messages.append({"role": "assistant", "content": answer(messages)})
+
+
+def _asked() -> Any:
+    """What the user types, until an empty line, Ctrl-D or Ctrl-C."""
+    if sys.stdin.isatty():
+        print("Ctrl-D ends the chat.")
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if said:
+            yield said
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

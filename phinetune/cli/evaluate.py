@@ -1,0 +1,51 @@
+"""`phinetune evaluate`"""
+
+import json
+from pathlib import Path
+
+from phinetune.errors import DataError
+from phinetune.recipe import DataConfig, EvaluationConfig, ModelKwargs, Recipe, load_recipe
+
+
+def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool, as_json: bool) -> None:
+    from phinetune.adapter import load_tuned
+    from phinetune.cli.quiet import quiet_libraries
+    from phinetune.data import prepare
+    from phinetune.evaluate import compare
+
+    quiet_libraries()
+    recipe = recipe_of(run)
+    model, tokenizer = load_tuned(run, recipe.model_kwargs if recipe else ModelKwargs())
+    config = recipe.training_config if recipe else None
+    if data is not None:
+        # Every row of the file is measured, the longest too.
+        prepared = prepare(DataConfig(train=data, max_length=1 << 20), tokenizer, seed=0)
+        examples, rows = prepared.train, prepared.train_rows
+    elif recipe is None or config is None or recipe.data.eval in (None, 0):
+        raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
+    else:
+        prepared = prepare(recipe.data, tokenizer, config.seed if config.data_seed is None else config.data_seed)
+        examples, rows = prepared.eval, prepared.eval_rows
+    comparison = compare(
+        model,
+        tokenizer,
+        examples,
+        rows,
+        EvaluationConfig(metrics=["exact_match"] if answers else [], max_new_tokens=max_new_tokens),
+        recipe.data.max_batch_tokens if recipe else 1024,
+        config.per_device_eval_batch_size if config else 32,
+    )
+    if as_json:
+        print(json.dumps({"run": str(run), **comparison.summary()}))
+        return
+    print(f"{'':14}{'base':>9}{'tuned':>9}   on {comparison.eval_rows} rows")
+    for name in comparison.tuned:
+        print(f"{name:14}{comparison.base[name]:9.4f}{comparison.tuned[name]:9.4f}")
+
+
+def recipe_of(run: Path) -> Recipe | None:
+    """The resolved recipe of a run's folder, or of the run a checkpoint belongs to."""
+    for folder in (run, run.parent):
+        if (folder / "recipe.yaml").is_file():
+            return load_recipe(folder / "recipe.yaml")[0]
+    return None

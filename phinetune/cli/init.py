@@ -1,0 +1,103 @@
+"""`phinetune init`: a recipe from what the data and the machine are like."""
+
+import os
+from pathlib import Path
+
+from phinetune.errors import DataError, RecipeError
+
+# Bytes of memory below which Phi-3-mini in bfloat16 (7.6 GB of weights) is not proposed.
+ENOUGH_FOR_PHI3 = 14 * 10**9
+PHI3 = "microsoft/Phi-3-mini-4k-instruct"
+ROWS_FOR_A_SHARE = 40  # below this many rows, nothing is held out
+
+TEMPLATE = """\
+# Written by `phinetune init {data}`: {rows} chats, {messages} messages, the longest of some {longest} tokens.
+# Change what you like, then:  phinetune train {output}
+
+model: {model}{model_note}
+model_kwargs:
+  dtype: auto                     # bfloat16, or float32 where this CPU is faster in it
+
+data:
+  train: {data}
+  eval: {eval}{eval_note}
+  max_length: {max_length}              # tokens; a longer row is left out and listed, never cut
+  max_rejected: 0.01              # the run ends before it starts when more of the rows can't be used
+
+training_config:                  # names of TrainingArguments
+  output_dir: {output_dir}
+  learning_rate: 2.0e-4
+  lr_scheduler_type: cosine
+  warmup_steps: 0.05              # below 1: a share of all steps
+  num_train_epochs: {epochs}             # passes over the rows
+  per_device_train_batch_size: {batch}  # rows an update
+  gradient_checkpointing: {checkpointing}    # true: less memory, a third more work
+  logging_steps: 10
+  eval_strategy: epoch            # the held-out loss after each pass
+  save_strategy: epoch            # resume with: phinetune train {output} --resume
+  seed: 42
+
+peft_config:                      # names of LoraConfig
+  r: 16
+  lora_alpha: 32
+  lora_dropout: 0.05
+  target_modules: all-linear
+
+evaluation:
+  metrics: []                     # [exact_match] compares greedy answers with the held-out ones
+"""
+
+
+def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -> None:
+    from phinetune.data import Rejected, Row, read_rows
+    from phinetune.model.load import hub_answers
+
+    if output.exists() and not overwrite:
+        raise RecipeError(str(output), "is there already", "use --overwrite or another --output")
+    read = list(read_rows(str(data)))
+    rows = [row for row in read if isinstance(row, Row)]
+    rejected = [row for row in read if isinstance(row, Rejected)]
+    if not rows:
+        first = rejected[0] if rejected else None
+        what = f"holds no usable chat ({first.where} {first.reason})" if first else "holds no rows"
+        raise DataError(str(data), what, 'write one {"messages": [{"role": …, "content": …}]} a line')
+
+    note = ""
+    if model is None:
+        model = PHI3 if machine_memory() >= ENOUGH_FOR_PHI3 and hub_answers() else "smollm2"
+        note = "  # or microsoft/Phi-3-mini-4k-instruct, a local folder, a .gguf file" if model == "smollm2" else ""
+    # Some 3 characters a token is low for English: the estimate errs towards longer rows.
+    longest = max(sum(len(message["content"]) for message in row.messages) // 3 + 8 * len(row.messages) for row in rows)
+    share = len(rows) >= ROWS_FOR_A_SHARE
+    text = TEMPLATE.format(
+        data=data,
+        output=output,
+        rows=len(rows),
+        messages=sum(len(row.messages) for row in rows),
+        longest=longest,
+        model=model,
+        model_note=note,
+        eval="0.05" if share else "0",
+        eval_note="                      # share held out; never trained on"
+        if share
+        else "  # too few rows to hold some out",
+        max_length=min(4096, max(256, 1 << (longest - 1).bit_length())),
+        output_dir=f"runs/{data.stem}",
+        epochs=3 if len(rows) < 5000 else 1,
+        batch=4 if len(rows) < 1000 else 8,
+        checkpointing="false" if model == "smollm2" else "true",
+    )
+    output.write_text(text, encoding="utf-8")
+    print(f"{data}: {len(rows)} chats can be used, {len(rejected)} can't")
+    for row in rejected[:5]:
+        print(f"  left out {row.where}: {row.reason}")
+    print(f"wrote {output} for {model}; next:  phinetune train {output}")
+
+
+def machine_memory() -> int:
+    """Bytes of the machine's memory, or of the first GPU's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,152 @@
+"""The command line as a person meets it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def phinetune(*arguments, **options):
+    command = [sys.executable, "-m", "phinetune", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_help_answers_at_once():
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        assert phinetune("--help").returncode == 0
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.5
+
+
+def test_the_verbs_are_those_that_work():
+    shown = phinetune("--help").stdout
+    verbs = [line.split()[1] for line in shown.splitlines() if line.startswith("│ ") and line[2:3].isalpha()]
+    assert verbs == ["demo", "init", "train", "evaluate", "chat"]
+    assert all(phinetune(verb, "--help").returncode == 0 for verb in verbs)
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_llama_folder, chats):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {tiny_llama_folder}\n"
+        "model_kwargs: {dtype: float32}\n"
+        f"data: {{train: {chats}, eval: 0.1}}\n"
+        f"training_config: {{output_dir: {tmp_path / 'run'}, max_steps: 3, use_cpu: true}}\n"
+    )
+    return path
+
+
+def bad(finished, *parts):
+    """Exit 2, one message with these parts, no traceback, nothing on standard output."""
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stderr.count("error:") == 1
+    assert finished.stderr.startswith("error: ")
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+    for part in parts:
+        assert part in finished.stderr
+
+
+def test_an_unknown_key(recipe):
+    bad(phinetune("train", recipe, "learning_rat=1"), "learning_rat", "did you mean learning_rate?")
+    recipe.write_text(recipe.read_text().replace("max_steps", "max_stepps"))
+    bad(phinetune("train", recipe), str(recipe), "training_config.max_stepps", "did you mean max_steps?")
+
+
+def test_a_missing_file(recipe, tmp_path):
+    bad(phinetune("train", tmp_path / "no.yaml"), "no.yaml: no such recipe; ")
+    bad(phinetune("train", recipe, "data.train=no.jsonl"), "no.jsonl: no such file; ")
+    assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+def test_bad_rows(recipe, chats):
+    with chats.open("a") as file:
+        file.write("nonsense\n" * 5)
+    bad(phinetune("train", recipe), "5 of 45 rows can't be used", f"{chats}:41: is not valid JSON")
+
+
+def test_a_model_that_cannot_be_had_is_said_at_once(recipe, tmp_path):
+    begin = time.perf_counter()
+    bad(phinetune("train", recipe, "model=nobody/nothing"), "model nobody/nothing", "smollm2")
+    assert time.perf_counter() - begin < 30
+    bad(phinetune("train", recipe, "model=./no-folder"), "model ./no-folder: no such folder; ")
+    (tmp_path / "empty").mkdir()
+    bad(phinetune("train", recipe, f"model={tmp_path / 'empty'}"), "can't be loaded")
+
+
+def test_targets_that_match_nothing(recipe):
+    finished = phinetune("train", recipe, "target_modules=[qkv_proj]")
+    assert finished.returncode == 2
+    assert "'qkv_proj'" in finished.stderr
+    assert "q_proj, up_proj, v_proj" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_usage_errors():
+    bad(phinetune("train"), "phinetune train: ", "--help")
+    bad(phinetune("tarin"), "tarin")
+    bad(phinetune("train", "recipe.yaml", "--overwrit"), "--overwrit")
+
+
+def test_a_folder_that_is_not_empty_is_refused(recipe, tmp_path):
+    assert phinetune("train", recipe).returncode == 0
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    bad(phinetune("train", recipe), "is not empty", "--resume", "--overwrite")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+    assert phinetune("train", recipe, "--overwrite").returncode == 0
+
+
+def test_train_evaluate_and_chat(recipe, tmp_path, chats):
+    finished = phinetune("train", recipe)
+    assert finished.returncode == 0, finished.stderr
+    assert "36 rows" in finished.stderr
+    assert "expected: " in finished.stderr
+    run = tmp_path / "run"
+
+    measured = phinetune("evaluate", run, "--json", "--max-new-tokens", "3")
+    assert measured.returncode == 0, measured.stderr
+    summary = json.loads(measured.stdout)
+    assert summary["eval_rows"] == 4
+    trained = json.loads((run / "summary.json").read_text())
+    for who in ("base", "tuned"):
+        assert summary[who]["eval_loss"] == pytest.approx(trained[who]["eval_loss"], rel=1e-4)
+    other = json.loads(phinetune("evaluate", run, "--data", chats, "--no-answers", "--json").stdout)
+    assert other["eval_rows"] == 40
+    assert "eval_loss" in phinetune("evaluate", run, "--no-answers").stdout
+
+    said = phinetune("chat", run, "--prompt", "What is 3 plus 4?", "--max-new-tokens", "5", "--compare")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("base   ")
+    assert "\ntuned  " in said.stdout
+    talk = phinetune("chat", run, "--max-new-tokens", "3", input="Hi\n\nBye\n")
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stdout.count("\n") >= 2
+
+
+def test_chat_with_what_is_no_adapter(tmp_path, tiny_llama_folder):
+    assert phinetune("chat", tiny_llama_folder, "-p", "Hi", "--max-new-tokens", "2").returncode == 0
+    bad(phinetune("chat", tiny_llama_folder, "-p", "Hi", "--compare"), "is no adapter")
+    bad(phinetune("chat", tmp_path / "nowhere", "-p", "Hi"), "no such folder")
+
+
+def test_init_writes_a_recipe_that_trains(tmp_path, tiny_llama_folder, chats):
+    path = tmp_path / "mine.yaml"
+    written = phinetune("init", chats, "-o", path, "--model", tiny_llama_folder)
+    assert written.returncode == 0, written.stderr
+    assert "40 chats can be used" in written.stdout
+    assert f"phinetune train {path}" in written.stdout
+    bad(phinetune("init", chats, "-o", path), "is there already")
+    run = phinetune("train", path, f"output_dir={tmp_path / 'run'}", "max_steps=2", "dtype=float32")
+    assert run.returncode == 0, run.stderr
+    bad(phinetune("init", tmp_path / "no.jsonl", "-o", tmp_path / "other.yaml"), "no such file")
+
+
+def test_init_proposes_a_model_for_the_machine(tmp_path, chats):
+    written = phinetune("init", chats, "-o", tmp_path / "mine.yaml")
+    assert written.returncode == 0, written.stderr
+    assert "model: smollm2" in (tmp_path / "mine.yaml").read_text(), "the Hub is out of reach in tests"

@@ -1,0 +1,160 @@
+"""Names, values and files of recipes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from phinetune.errors import RecipeError
+from phinetune.recipe import dump_recipe, load_recipe, make_recipe
+from phinetune.recipe.names import SECTIONS, known_names
+
+MINIMAL = {"model": "smollm2", "data": {"train": "chats.jsonl"}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_read_without_a_word(path):
+    recipe, words = load_recipe(path)
+    assert words == []
+    again, _ = make_recipe(__import__("yaml").safe_load(dump_recipe(recipe)))
+    assert again == recipe
+
+
+def test_every_name_of_the_installed_training_arguments_and_lora_config_is_known():
+    import peft
+    import transformers
+
+    def names(config_class):
+        return {field.name for field in dataclasses.fields(config_class) if field.init}
+
+    assert names(transformers.TrainingArguments) - set(known_names("training_config")) == set()
+    assert names(peft.LoraConfig) - set(known_names("peft_config")) == set()
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "value", "path", "read_as"),
+    [
+        ("training_config", "evaluation_strategy", "steps", "training_config.eval_strategy", "steps"),
+        ("training_config", "warmup_ratio", 0.2, "training_config.warmup_steps", 0.2),
+        ("training_config", "max_seq_length", 512, "data.max_length", 512),
+        ("training_config", "no_cuda", True, "training_config.use_cpu", True),
+        ("model_kwargs", "torch_dtype", "torch.bfloat16", "model_kwargs.dtype", "bfloat16"),
+        ("peft_config", "lora_r", 4, "peft_config.r", 4),
+    ],
+)
+def test_an_old_name_is_honoured_with_a_word(section, old, value, path, read_as):
+    recipe, words = make_recipe({**MINIMAL, section: {**MINIMAL.get(section, {}), old: value}})
+    owner, name = path.split(".")
+    assert getattr(getattr(recipe, owner), name) == read_as
+    assert len(words) == 1
+    assert old in words[0]
+    assert path in words[0]
+
+
+def test_a_name_without_counterpart_is_said_aloud():
+    _, words = make_recipe({**MINIMAL, "training_config": {"group_by_length": True, "push_to_hub": True}})
+    assert len(words) == 2
+    assert all("is ignored" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"training_config": {"learning_rat": 1}},
+            "unknown name training_config.learning_rat .did you mean learning_rate",
+        ),
+        ({"peft_config": {"lora_alfa": 1}}, "did you mean lora_alpha"),
+        ({"peft_config": {"use_dora": True}}, "use_dora=True is not supported yet"),
+        ({"learning_rate": 1}, "learning_rate belongs in training_config"),
+        ({"training_config": {"learning_rate": -1}}, "training_config.learning_rate=-1"),
+        (
+            {"training_config": {"learning_rate": "fast", "seed": "x"}},
+            "learning_rate='fast'.* and training_config.seed='x'",
+        ),
+        ({"model_kwargs": {"trust_remote_code": True}}, "model_kwargs.trust_remote_code=True"),
+        ({"training_config": []}, "is .., not a mapping"),
+        ({"data": {}}, "data.train is missing"),
+    ],
+)
+def test_what_is_wrong_is_named(given, message):
+    with pytest.raises(RecipeError, match=message):
+        make_recipe({**MINIMAL, **given})
+
+
+def test_harmless_values_of_unsupported_names_pass():
+    make_recipe({**MINIMAL, "peft_config": {"use_dora": False, "init_lora_weights": True, "modules_to_save": None}})
+
+
+def test_real_config_objects_are_taken_whole(tmp_path):
+    import peft
+    import transformers
+
+    recipe, words = make_recipe(
+        {
+            **MINIMAL,
+            "training_config": transformers.TrainingArguments(
+                output_dir=str(tmp_path), learning_rate=3e-4, use_cpu=True
+            ),
+            "peft_config": peft.LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "v_proj"]),
+        }
+    )
+    assert recipe.training_config.learning_rate == 3e-4
+    assert recipe.training_config.per_device_train_batch_size == 8, "the object's own default, not ours"
+    assert recipe.peft_config.r == 4
+    assert recipe.peft_config.lora_alpha == 9
+    assert recipe.peft_config.lora_dropout == 0
+    assert recipe.peft_config.target_modules == ["q_proj", "v_proj"]
+    assert words == []
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("learning_rate=1e-4", "training_config", "learning_rate", 1e-4),
+        ("training_config.seed=7", "training_config", "seed", 7),
+        ("peft_config.target_modules=[q_proj, v_proj]", "peft_config", "target_modules", ["q_proj", "v_proj"]),
+        ("eval=0.1", "data", "eval", 0.1),
+        ("evaluation_strategy=epoch", "training_config", "eval_strategy", "epoch"),
+    ],
+)
+def test_overrides(override, section, name, value):
+    recipe, _ = load_recipe(ROOT / "recipes" / "demo.yaml", [override])
+    assert getattr(getattr(recipe, section), name) == value
+
+
+@pytest.mark.parametrize("override", ["learning_rate", "nothing=1", "trainingconfig.seed=1"])
+def test_bad_overrides(override):
+    with pytest.raises(RecipeError, match="override"):
+        load_recipe(ROOT / "recipes" / "demo.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\nmodel: b\n", "'model' stands twice, again in line 2"),
+        ("model: [", "not valid YAML"),
+        ("- a\n", "not a mapping"),
+        ("", "not a mapping"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_every_setting_has_a_docstring():
+    import ast
+    import inspect
+
+    from phinetune.recipe import schema
+
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if isinstance(node, ast.ClassDef) and any(node.name == model.__name__ for model in SECTIONS.values()):
+            for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(statement, ast.AnnAssign):
+                    said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert said, f"{node.name}.{ast.unparse(statement.target)}"

@@ -1,0 +1,146 @@
+"""Real processes, really killed: a resumed run ends in the same bytes as one that was never stopped."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# Runs the command line and kills the process itself at the N-th loss of the run, between two flat batches.
+KILL_AT = """
+import os, signal, sys
+import phinetune.train.loop as loop
+from phinetune.cli import main
+real, calls = loop.loss_sum, 0
+def loss_sum(model, batch):
+    global calls
+    calls += 1
+    if calls == int(os.environ["KILL_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(model, batch)
+loop.loss_sum = loss_sum
+sys.argv[0] = "phinetune"
+main()
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_llama_folder, chats):
+    """40 rows, 8 a step in several flat batches, dropout: 10 steps of some 4 batches, a checkpoint every 2."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+model: {tiny_llama_folder}
+model_kwargs: {{dtype: float32}}
+data: {{train: {chats}, eval: 0.1, max_batch_tokens: 128}}
+training_config:
+  output_dir: {tmp_path / "run"}
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 2
+  num_train_epochs: 2
+  learning_rate: 1.0e-3
+  lr_scheduler_type: cosine
+  warmup_steps: 2
+  logging_steps: 3
+  save_strategy: steps
+  save_steps: 2
+  use_cpu: true
+peft_config: {{r: 4, lora_alpha: 8, lora_dropout: 0.1}}
+"""
+    )
+    return path
+
+
+def run(recipe, *arguments, kill_at=None, **options):
+    command = [sys.executable, "-c", KILL_AT] if kill_at else [sys.executable, "-m", "phinetune"]
+    environment = {**os.environ, "KILL_AT": str(kill_at)}
+    command += ["train", str(recipe), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+
+
+def digest(folder):
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (line["step"], line["loss"], line["grad_norm"], line["supervised_tokens"]) for line in lines if "loss" in line
+    ]
+
+
+@pytest.fixture
+def whole(recipe, tmp_path):
+    finished = run(recipe, f"output_dir={tmp_path / 'whole'}")
+    assert finished.returncode == 0, finished.stderr
+    return tmp_path / "whole"
+
+
+def test_killed_in_mid_accumulation_and_resumed_gives_the_same_bytes(recipe, tmp_path, whole):
+    folder = tmp_path / "run"
+    # Some 4 flat batches a step, 5 steps an epoch: the kills are in the first epoch, and in the second.
+    assert run(recipe, kill_at=14).returncode == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+    killed_behind = sorted(p.name for p in folder.glob("checkpoint-*"))
+    assert killed_behind == ["checkpoint-2"]
+    again = run(recipe, "--resume", kill_at=17)
+    assert again.returncode == -signal.SIGKILL
+    assert "resuming behind step 2" in again.stderr
+    assert "checkpoint-6" in {p.name for p in folder.glob("checkpoint-*")}
+    last = run(recipe, "--resume")
+    assert last.returncode == 0, last.stderr
+    assert "resuming behind step 6" in last.stderr
+    assert digest(folder) == digest(whole)
+    assert losses(folder) == losses(whole)
+
+
+def test_the_seed_decides_the_bytes(recipe, tmp_path, whole):
+    assert run(recipe, f"output_dir={tmp_path / 'same'}").returncode == 0
+    assert digest(tmp_path / "same") == digest(whole)
+    assert run(recipe, f"output_dir={tmp_path / 'other'}", "seed=1").returncode == 0
+    assert digest(tmp_path / "other") != digest(whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, whole):
+    folder = tmp_path / "run"
+    assert run(recipe, kill_at=30).returncode == -signal.SIGKILL
+    newest = max(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    file = newest / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    resumed = run(recipe, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{newest} is damaged (optimizer.safetensors has changed)" in resumed.stderr
+    assert digest(folder) == digest(whole)
+    named = run(recipe, "--resume", str(newest))
+    assert named.returncode in (0, 2)
+
+
+def test_another_recipe_does_not_resume_it(recipe, tmp_path, whole):
+    changed = run(recipe, f"output_dir={whole}", "learning_rate=5e-4", "--resume")
+    assert changed.returncode == 2
+    assert "learning_rate was 0.001, is 0.0005" in changed.stderr
+    assert "Traceback" not in changed.stderr
+
+
+def test_sigterm_writes_a_checkpoint_and_says_so(recipe, tmp_path, whole):
+    command = [sys.executable, "-m", "phinetune", "train", str(recipe), "num_train_epochs=400", "logging_steps=1"]
+    command += ["save_strategy=no"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert f"stopped by SIGTERM behind {checkpoint.name}; go on with --resume" in stderr
+    assert "Traceback" not in stderr

@@ -1,0 +1,188 @@
+"""Runs from Python: what they learn, what they write, and what they refuse."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import draw_lora_B, relative_error, tiny_config, tiny_model
+
+import phinetune
+from phinetune import lora
+from phinetune.data import Example
+from phinetune.errors import RunError
+from phinetune.model import adapt_model
+from phinetune.recipe import PeftConfig, TrainingConfig
+from phinetune.train import training_step
+from phinetune.train.optimiser import learning_rates, make_optimizer
+
+TINY = {"use_cpu": True, "disable_tqdm": True, "learning_rate": 2e-3}
+
+
+def test_a_run_writes_what_the_contract_says(tmp_path, tiny_llama_folder, chats):
+    folder = tmp_path / "run"
+    result = phinetune.finetune(
+        model=str(tiny_llama_folder),
+        train=str(chats),
+        eval=0.1,
+        training_config={
+            **TINY, "output_dir": str(folder), "num_train_epochs": 3, "logging_steps": 4, "evaluation_strategy": "steps",
+            "eval_steps": 9, "save_steps": 7, "save_strategy": "steps", "report_to": "tensorboard",
+        },
+        peft_config={"r": 4},
+        evaluation={"metrics": ["exact_match"], "max_new_tokens": 4},
+        model_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "recipe.yaml",
+        "train.log", "metrics.jsonl", "summary.json", "ledger.json", "rejected.jsonl", "answers.jsonl", "tensorboard",
+        "checkpoint-21", "checkpoint-27",
+    }  # fmt: skip
+    assert "checkpoint-7" not in names, "save_total_limit is 2"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["rows"] == 36
+    assert summary["steps"] == 27
+    assert summary["eval_rows"] == 4
+    assert summary["tuned"]["eval_loss"] < summary["base"]["eval_loss"] - 1
+    assert {"eval_loss", "perplexity", "exact_match"} == set(summary["base"])
+    assert 0.1 < summary["peak_gb"] < 8
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [1, 4, 8, 12, 16, 20, 24, 27]
+    assert set(logged[0]) == {
+        "step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
+    }  # fmt: skip
+    assert [line["step"] for line in lines if "eval_loss" in line] == [9, 18, 27]
+    assert lines[-1]["eval_loss"] == pytest.approx(summary["tuned"]["eval_loss"], rel=1e-4)
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert logged[-1]["supervised_tokens"] == 3 * ledger["train"]["supervised"]
+    assert "expected: " in (folder / "train.log").read_text()
+    assert list((folder / "tensorboard").glob("events.out.*"))
+
+
+def test_rows_and_a_dataset_give_the_same_as_a_file(tmp_path, tiny_llama_folder, chats):
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    losses = []
+    for i, source in enumerate((chats, rows)):
+        result = phinetune.finetune(
+            model=str(tiny_llama_folder),
+            train=source,
+            training_config={**TINY, "output_dir": str(tmp_path / str(i)), "max_steps": 3},
+            model_kwargs={"dtype": "float32"},
+        )
+        losses.append([json.loads(line)["loss"] for line in (result.folder / "metrics.jsonl").open()])
+    assert losses[0] == losses[1]
+
+
+def examples(count=6, seed=0, length=20):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, length, (count,), generator=generator).tolist()
+    return [
+        Example(f"row {i}", torch.randint(3, 900, (n,), generator=generator).tolist(), [j > 1 for j in range(n)])
+        for i, n in enumerate(lengths)
+    ]
+
+
+def step_of(rows, *, dropout=0.0, max_batch_tokens=4096, checkpointing=False, family="llama"):
+    model = tiny_model(family)
+    adapt_model(model, PeftConfig(r=4, lora_dropout=dropout), seed=1)
+    draw_lora_B(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    optimizer = make_optimizer(model, TrainingConfig())
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "max_batch_tokens": max_batch_tokens, "seed": (3, 0)}
+    loss, norm = training_step(model, optimizer, rows, **settings)
+    return loss, norm, {name: layer.lora_A.detach().clone() for name, layer in lora.lora_layers(model)}
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 13, 40])
+def test_the_layout_does_not_change_the_update(max_batch_tokens):
+    loss, norm, weights = step_of(examples())
+    other_loss, other_norm, other = step_of(examples(), max_batch_tokens=max_batch_tokens)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert other_norm == pytest.approx(norm, rel=1e-5)
+    assert all(relative_error(other[name], weights[name]) < 1e-5 for name in weights)
+
+
+def test_gradient_checkpointing_does_not_change_the_update_under_dropout():
+    loss, norm, weights = step_of(examples(), dropout=0.2)
+    other_loss, other_norm, other = step_of(examples(), dropout=0.2, checkpointing=True)
+    assert other_loss == loss
+    assert other_norm == pytest.approx(norm, rel=1e-6)
+    assert all(torch.equal(other[name], weights[name]) for name in weights)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    model = tiny_model("llama")
+    adapt_model(model, PeftConfig(r=4), seed=1)
+    with torch.no_grad():
+        next(lora.lora_layers(model))[1].lora_A[0, 0] = math.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "max_batch_tokens": 100, "seed": (0,)}
+    with pytest.raises(FloatingPointError):
+        training_step(model, make_optimizer(model, TrainingConfig()), examples(), **settings)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_run_names_the_step_and_the_rows_that_were_not_finite(tmp_path, tiny_llama_folder, chats):
+    with pytest.raises(RunError, match=r"step \d+: loss .*chats.jsonl:\d+.*nothing was updated"):
+        phinetune.finetune(
+            model=str(tiny_llama_folder),
+            train=str(chats),
+            training_config={
+                **TINY, "output_dir": str(tmp_path / "run"), "learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 5,
+                "lr_scheduler_type": "constant",
+            },
+            model_kwargs={"dtype": "float32"},
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "cosine_with_restarts"]
+)
+def test_learning_rates_are_those_of_transformers(name):
+    from transformers import get_scheduler
+
+    config = TrainingConfig(learning_rate=1e-3, lr_scheduler_type=name, warmup_steps=0.2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=20)
+    rate = learning_rates(config, 20)
+    for step in range(20):
+        assert rate(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_learning_rates_by_hand():
+    rate = learning_rates(TrainingConfig(learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=2), 6)
+    assert [rate(step) for step in range(6)] == [0, 0.5, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_small_phi3_learns_real_instructions(tmp_path, phi3_tokenizer, alpaca_chats):
+    """A random Phi-3 with the real tokenizer on real rows, by the samples' target names."""
+    from transformers import Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path / "phi3"
+    Phi3ForCausalLM(tiny_config("phi3", vocab_size=32064, pad_token_id=32000, eos_token_id=32000)).save_pretrained(
+        folder
+    )
+    phi3_tokenizer.save_pretrained(folder)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    result = phinetune.finetune(
+        model=str(folder),
+        train=alpaca_chats[:60],
+        eval=alpaca_chats[60:70],
+        training_config={**TINY, "output_dir": str(tmp_path / "run"), "num_train_epochs": 2, "learning_rate": 1e-2},
+        peft_config={"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": names},
+        model_kwargs={"dtype": "bfloat16"},
+    )
+    assert result.summary["tuned"]["eval_loss"] < result.summary["base"]["eval_loss"] - 0.1
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    assert config["rank_pattern"] == {"gate_up_proj": 16, "qkv_proj": 24}
+    assert config["alpha_pattern"] == {"gate_up_proj": 32, "qkv_proj": 48}
