@@ -2,9 +2,8 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 import phinetune
@@ -18,6 +17,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# typer carries click's exceptions, under its own name or click's by its version.
+UsageError: Any = typer.BadParameter.__bases__[0]
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty an output folder that isn't empty.")]
 
@@ -29,11 +31,11 @@ def main() -> None:
     except PhinetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
-    except click.UsageError as error:
+    except UsageError as error:
         where = error.ctx.command_path if error.ctx else "phinetune"
         print(f"error: {where}: {error.format_message()}; see `{where} --help`", file=sys.stderr)
         code = 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
     sys.exit(code)
 

@@ -3,9 +3,8 @@
 import hashlib
 import random
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from phinetune.data.ledger import Ledger
 from phinetune.data.render import Example, Renderer
@@ -46,55 +45,57 @@ def prepare(
         DataError: if files can't be read, or a larger share of rows than `max_rejected` can't be used.
     """
     renderer = Renderer(tokenizer, config.supervise)
-    train_said, train_read = _read(config.train if train_rows is None else train_rows)
-    eval_said: str = train_said
-    eval_read: list[Row | Rejected] = []
+    train = _Part.read(config.train if train_rows is None else train_rows, renderer, config)
+    parts = {"train": train}
     if eval_rows is not None or isinstance(config.eval, str | list):
-        eval_said, eval_read = _read(config.eval if eval_rows is None else eval_rows)
+        parts["eval"] = _Part.read(config.eval if eval_rows is None else eval_rows, renderer, config)
     elif config.eval:
-        train_read, eval_read = _hold_out(train_read, config.eval, seed, train_said)
-
-    ledgers = {"train": Ledger(train_said)}
-    if eval_read:
-        ledgers["eval"] = Ledger(eval_said)
-    train_rows, train = _render(train_read, renderer, config.max_length, ledgers["train"])
-    held_rows, held_out = _render(eval_read, renderer, config.max_length, ledgers.get("eval", Ledger("")))
-    for ledger in ledgers.values():
-        ledger.check(config.max_rejected)
-    return Prepared(train, train_rows, held_out, held_rows, ledgers)
+        parts["train"], parts["eval"] = train.hold_out(config.eval, seed)
+    held = parts.get("eval", _Part(""))
+    ledgers = {name: part.ledger() for name, part in parts.items()}
+    return Prepared(parts["train"].examples, parts["train"].rows, held.examples, held.rows, ledgers)
 
 
-def _read(source: Any) -> tuple[str, list[Row | Rejected]]:
-    """How to name a source, and what it holds."""
-    if isinstance(source, str):
-        return source, list(read_rows(source))
-    if source and all(isinstance(item, str) for item in source):
-        return ", ".join(source), list(read_rows(source))
-    return f"{len(source)} rows", list(read_rows(source))
+@dataclass
+class _Part:
+    """The good rows of a source, their examples, and the rows that can't be used."""
 
+    source: str
+    rows: list[Row] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
 
-def _render(
-    read: Iterable[Row | Rejected], renderer: Renderer, max_length: int, ledger: Ledger
-) -> tuple[list[Row], list[Example]]:
-    """The rows that can be used and their examples; every row's fate is entered in the ledger."""
-    rows: list[Row] = []
-    examples: list[Example] = []
-    for row in read:
-        outcome = row if isinstance(row, Rejected) else renderer.example(row, max_length)
-        ledger.enter(outcome)
-        if isinstance(row, Row) and isinstance(outcome, Example):
-            rows.append(row)
-            examples.append(outcome)
-    return rows, examples
+    @classmethod
+    def read(cls, source: Any, renderer: Renderer, config: DataConfig) -> Self:
+        paths = [source] if isinstance(source, str) else [item for item in source if isinstance(item, str)]
+        part = cls(", ".join(paths) or f"{len(source)} rows")
+        for row in read_rows(source):
+            outcome = row if isinstance(row, Rejected) else renderer.example(row, config.max_length)
+            if isinstance(outcome, Rejected):
+                part.rejected.append(outcome)
+            elif isinstance(row, Row):
+                part.rows.append(row)
+                part.examples.append(outcome)
+        part.ledger().check(config.max_rejected)
+        return part
 
+    def hold_out(self, share: float, seed: int) -> tuple[Self, Self]:
+        """Takes `share` of the good rows out of training, at least one; the same ones for the same seed."""
+        total = len(self.rows)
+        count = max(1, round(share * total))
+        if count >= total:
+            what = f"has {total} usable rows, too few to hold out {share:g} of them"
+            raise DataError(self.source, what, "set data.eval: 0")
+        held = set(random.Random(seed).sample(range(total), count))
+        kept = [i for i in range(total) if i not in held]
+        return self._pick(kept, self.rejected), self._pick(sorted(held), [])
 
-def _hold_out(
-    read: list[Row | Rejected], share: float, seed: int, said: str
-) -> tuple[list[Row | Rejected], list[Row | Rejected]]:
-    """Takes `share` of the good rows out of training, at least one; the same ones for the same seed."""
-    good = [index for index, row in enumerate(read) if isinstance(row, Row)]
-    count = max(1, round(share * len(good)))
-    if count >= len(good):
-        raise DataError(said, f"has {len(good)} usable rows, too few to hold out {share:g} of them", "set data.eval: 0")
-    held = set(random.Random(seed).sample(good, count))
-    return [row for i, row in enumerate(read) if i not in held], [read[i] for i in sorted(held)]
+    def _pick(self, places: list[int], rejected: list[Rejected]) -> Self:
+        rows, examples = [self.rows[i] for i in places], [self.examples[i] for i in places]
+        return type(self)(self.source, rows, examples, rejected)
+
+    def ledger(self) -> Ledger:
+        ledger = Ledger(self.source)
+        for outcome in (*self.examples, *self.rejected):
+            ledger.enter(outcome)
+        return ledger

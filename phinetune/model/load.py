@@ -103,6 +103,7 @@ def _from_pretrained(load: Callable[..., T], model: str, kwargs: ModelKwargs, **
     where = f"model {model}"
     path = Path(model).expanduser()
     options["trust_remote_code"] = False
+    from_hub = False
     if model == smollm2.NAME:
         source = str(smollm2.smollm2_folder())
         options["local_files_only"] = True
@@ -117,14 +118,14 @@ def _from_pretrained(load: Callable[..., T], model: str, kwargs: ModelKwargs, **
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(where, "no such folder", "give a Hub id (owner/name), a local folder, a .gguf file or smollm2")
     else:
-        source = model
+        source, from_hub = model, True
         options |= {"revision": kwargs.revision or "main", "cache_dir": kwargs.cache_dir, "token": kwargs.token}
         options["local_files_only"] = not hub_answers()
     try:
         return load(source, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        if options["local_files_only"] and source == model:
+        if from_hub and options["local_files_only"]:
             raise ModelError(
                 where,
                 "is not in the local cache, and the Hugging Face Hub does not answer",

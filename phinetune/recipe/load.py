@@ -59,6 +59,8 @@ def make_recipe(given: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe
         if section in FREE_SECTIONS:
             tree[section] = values
             continue
+        if section in given:
+            tree.setdefault(section, {})
         settled, said = settle(section, values, where)
         words += said
         for path, value in settled.items():
@@ -125,24 +127,22 @@ def _as_dict(section: str, value: Any, where: str, words: list[str]) -> dict[str
 def _from_config_object(section: str, config: Any) -> dict[str, Any]:
     """What a TrainingArguments, SFTConfig or LoraConfig object asks for.
 
-    Fields that we have are taken as they are; of the others only what differs from that class's default,
-    so that a plain object doesn't raise a hundred warnings.
+    Fields that we have are taken as they are; of the others only what differs from a plain object of that class,
+    so that it doesn't raise a hundred warnings.
     """
     ours = SECTIONS[section].model_fields
     values: dict[str, Any] = {}
+    plain = type(config)()
     for field in dataclasses.fields(config):
         if not field.init or field.name.startswith("_"):
             continue
         value = getattr(config, field.name, None)
         value = getattr(value, "value", value)  # enums
         value = sorted(value) if isinstance(value, set) else value
-        default = field.default if field.default is not dataclasses.MISSING else None
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
         if field.name in ours:
             if value is not None:
                 values[field.name] = value
-        elif value != default and value not in (None, "", [], {}):
+        elif value != getattr(plain, field.name, None) and value not in (None, "", [], {}):
             values[field.name] = value
     return values
 

@@ -7,12 +7,22 @@ into an error, a mapped name or a warning first.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+)
 
 DATA_TYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 Share = Annotated[float, Field(ge=0, lt=1)]
 WarmupSteps = Annotated[float, Field(ge=0)]
-Strategy = Literal["no", "steps", "epoch"]
+# YAML reads a bare `no` as false.
+Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
 class Section(BaseModel):

@@ -101,7 +101,7 @@ def train(
         model = load_model(recipe.model, recipe.model_kwargs, device)
         adapt_model(model, recipe.peft_config, config.seed)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         optimizer = make_optimizer(model, config)
         base = Base(recipe.model, recipe.model_kwargs.revision, recipe.peft_config)

@@ -64,7 +64,10 @@ class MetricsWriter:
                 if name != "step":
                     self._board.add_scalar(name, value, metrics["step"])
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()

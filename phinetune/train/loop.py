@@ -119,9 +119,8 @@ class Loop:
             Stopped: on SIGINT or SIGTERM, behind a checkpoint.
         """
         config = self.recipe.training_config
-        metrics = MetricsWriter(self.folder, config, self.step)
         bar = ProgressBar("training", len(self.steps), not config.disable_tqdm, self.step)
-        with _signals() as caught, bar:
+        with _signals() as caught, bar, MetricsWriter(self.folder, config, self.step) as metrics:
             if config.eval_on_start and self.step == 0:
                 self._evaluate(metrics)
             since = time.perf_counter()
@@ -165,7 +164,6 @@ class Loop:
                         "go on with --resume",
                         caught[0],
                     )
-        metrics.close()
 
     def _count(self, examples: Sequence[Example], loss: float, grad_norm: float) -> int:
         tokens, supervised = sum(len(e.ids) for e in examples), supervised_tokens(examples)

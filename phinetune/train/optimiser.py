@@ -36,7 +36,7 @@ def learning_rates(config: TrainingConfig, total_steps: int) -> Callable[[int], 
     """
     from transformers import get_scheduler
 
-    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)  # some schedules look at it
     try:
         scheduler: Any = get_scheduler(
             config.lr_scheduler_type,

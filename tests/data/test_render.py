@@ -22,18 +22,21 @@ def learnt(tokenizer, messages, **options):
 
 def test_phi3_id_by_id(phi3_tokenizer):
     ids, supervised = learnt(phi3_tokenizer, TWO_TURNS)
-    # <|system|> Be brief . <|end|> <|user|> Hi there <|end|> <|assistant|> Hello ! <|end|> …
-    assert ids[:4] == [32006, 1522, 11473, 29889]
-    assert ids[4:9] == [32007, 32010, 6324, 727, 32007][:1] + [32010] + ids[6:8] + [32007]
-    assert supervised[:3] == [10994, 29991, 32007]  # Hello ! <|end|>
-    assert supervised[-2:] == [32007, 32000]  # <|end|> <|endoftext|>
+    assert phi3_tokenizer.convert_ids_to_tokens(ids) == [
+        "<|system|>", "Be", "▁brief", ".", "<|end|>",
+        "<|user|>", "Hi", "▁there", "<|end|>",
+        "<|assistant|>", "Hello", "!", "<|end|>",
+        "<|user|>", "By", "e", "<|end|>",
+        "<|assistant|>", "Good", "<0x0A>", "<0x0A>", "bye", "▁é", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<|end|>",
+        "<|endoftext|>",
+    ]  # fmt: skip
+    assert phi3_tokenizer.convert_ids_to_tokens(supervised) == [
+        "Hello", "!", "<|end|>",
+        "Good", "<0x0A>", "<0x0A>", "bye", "▁é", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<|end|>", "<|endoftext|>",
+    ]  # fmt: skip
     assert supervised.count(32007) == 2, "one for each assistant turn"
-    assert ids.count(32007) == 5, "one for each turn"
-    assert supervised.count(32000) == 1
-    for prompt_token in (32006, 32010, 32001):
-        assert prompt_token in ids
-        assert prompt_token not in supervised
-    assert phi3_tokenizer.decode(supervised[3:-2]) == "Good\n\nbye é😀"
+    assert supervised[-1] == 32000
+    assert not {32006, 32010, 32001} & set(supervised), "no prompt token"
     assert ids == phi3_tokenizer.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
 
 

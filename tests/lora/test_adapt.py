@@ -124,9 +124,7 @@ def test_fuse_gives_the_adapted_logits_and_unfuse_the_same_base(family):
 
 
 def test_the_lora_room_needs_torch_alone():
-    code = (
-        "import sys, phinetune.lora, phinetune.kernels;"
-        "heavy = {'transformers', 'peft', 'accelerate', 'bitsandbytes', 'safetensors', 'pydantic'} & sys.modules.keys();"
-        "sys.exit(', '.join(heavy))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys, phinetune.lora, phinetune.kernels; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "torch" in loaded
+    assert not {"transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "pydantic"} & set(loaded)

@@ -94,9 +94,7 @@ def test_real_config_objects_are_taken_whole(tmp_path):
     recipe, words = make_recipe(
         {
             **MINIMAL,
-            "training_config": transformers.TrainingArguments(
-                output_dir=str(tmp_path), learning_rate=3e-4, use_cpu=True
-            ),
+            "training_config": transformers.TrainingArguments(output_dir=str(tmp_path), learning_rate=3e-4),
             "peft_config": peft.LoraConfig(r=4, lora_alpha=9, target_modules=["q_proj", "v_proj"]),
         }
     )

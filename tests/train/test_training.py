@@ -72,7 +72,7 @@ def test_rows_and_a_dataset_give_the_same_as_a_file(tmp_path, tiny_llama_folder,
             training_config={**TINY, "output_dir": str(tmp_path / str(i)), "max_steps": 3},
             model_kwargs={"dtype": "float32"},
         )
-        losses.append([json.loads(line)["loss"] for line in (result.folder / "metrics.jsonl").open()])
+        losses.append([json.loads(line)["loss"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == losses[1]
 
 
@@ -90,11 +90,11 @@ def step_of(rows, *, dropout=0.0, max_batch_tokens=4096, checkpointing=False, fa
     adapt_model(model, PeftConfig(r=4, lora_dropout=dropout), seed=1)
     draw_lora_B(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
     optimizer = make_optimizer(model, TrainingConfig())
-    settings = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "max_batch_tokens": max_batch_tokens, "seed": (3, 0)}
+    settings = {"learning_rate": 1e-3, "max_grad_norm": 1.0, "max_batch_tokens": max_batch_tokens, "seed": (3, 0)}
     loss, norm = training_step(model, optimizer, rows, **settings)
     return loss, norm, {name: layer.lora_A.detach().clone() for name, layer in lora.lora_layers(model)}
 
@@ -179,7 +179,7 @@ def test_small_phi3_learns_real_instructions(tmp_path, phi3_tokenizer, alpaca_ch
         eval=alpaca_chats[60:70],
         training_config={**TINY, "output_dir": str(tmp_path / "run"), "num_train_epochs": 2, "learning_rate": 1e-2},
         peft_config={"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": names},
-        model_kwargs={"dtype": "bfloat16"},
+        model_kwargs={"dtype": "float32"},
     )
     assert result.summary["tuned"]["eval_loss"] < result.summary["base"]["eval_loss"] - 0.1
     config = json.loads((result.folder / "adapter_config.json").read_text())
