@@ -96,6 +96,8 @@ class _Part:
 
     def ledger(self) -> Ledger:
         ledger = Ledger(self.source)
-        for outcome in (*self.examples, *self.rejected):
-            ledger.enter(outcome)
+        for example in self.examples:
+            ledger.enter(example)
+        for rejected in self.rejected:
+            ledger.enter(rejected)
         return ledger

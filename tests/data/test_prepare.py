@@ -85,7 +85,7 @@ def test_a_share_is_held_out_and_never_trained_on(chats, smollm2_tokenizer):
 
 
 def test_missing_files_and_unknown_shipped_sets():
-    with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         list(read_rows("nowhere.jsonl"))
     with pytest.raises(DataError, match="phinetune:orders/eval, phinetune:orders/train"):
         list(read_rows("phinetune:nothing/train"))
