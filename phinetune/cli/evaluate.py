@@ -24,7 +24,7 @@ def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool
     elif recipe is None or config is None or recipe.data.eval in (None, 0):
         raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
     else:
-        prepared = prepare(recipe.data, tokenizer, config.seed if config.data_seed is None else config.data_seed)
+        prepared = prepare(recipe.data, tokenizer, config.seed_of_rows)
         examples, rows = prepared.eval, prepared.eval_rows
     comparison = compare(
         model,

@@ -53,7 +53,7 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
 
     attention.register()
     device = device or torch.device("cpu")
-    options: dict[str, Any] = {"dtype": resolve_dtype(kwargs.dtype, device)}
+    options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(kwargs.dtype, device))}
     if model.endswith(".gguf"):
         options["quantization_config"] = GgufConfig(dequantize=True)
     config = _from_pretrained(AutoConfig.from_pretrained, model, kwargs)
@@ -67,18 +67,12 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     return loaded.requires_grad_(False).eval().to(device)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device) -> str:
     """`auto` is bfloat16, but float32 on a CPU on which bfloat16 products are slower than float32 ones."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        if dtype is torch.bfloat16 and device.type == "cpu" and (ratio := bfloat16_speed()) < 1:
-            log.warning(
-                "this CPU multiplies bfloat16 at %.2f times float32's rate: dtype=float32 is faster here", ratio
-            )
-        return dtype
-    if device.type == "cpu" and bfloat16_speed() < 1:
-        return torch.float32
-    return torch.bfloat16
+    ratio = bfloat16_speed() if device.type == "cpu" and name in ("auto", "bfloat16") else 1.0
+    if name == "bfloat16" and ratio < 1:
+        log.warning(f"this CPU multiplies bfloat16 at {ratio:.2f} times float32's rate: dtype=float32 is faster here")
+    return ("bfloat16" if ratio >= 1 else "float32") if name == "auto" else name
 
 
 def bfloat16_speed() -> float:

@@ -153,6 +153,10 @@ class TrainingConfig(Section):
     use_cpu: bool = False
     """Stays off an accelerator that is there."""
 
+    @property
+    def seed_of_rows(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
+
 
 class PeftConfig(Section):
     """What is trained (names of LoraConfig)."""

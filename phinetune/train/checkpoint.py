@@ -99,7 +99,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         fault = find_fault(path)
         if fault is None:
             return path
-        log.warning("%s is damaged (%s): an earlier one is tried", path, fault)
+        log.warning(f"{path} is damaged ({fault}): an earlier one is tried")
     return None
 
 

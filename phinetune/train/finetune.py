@@ -4,7 +4,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from phinetune.evaluate import Comparison, compare
 from phinetune.lora import lora_layers
 from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype, takes_flat_batches
 from phinetune.recipe import Recipe, dump_recipe
-from phinetune.train.checkpoint import Base, load_checkpoint, newest_whole_checkpoint, read_state
+from phinetune.train.checkpoint import Base, newest_whole_checkpoint, read_state
 from phinetune.train.estimate import expected_gb, expected_seconds
 from phinetune.train.log import ProgressBar, run_log
-from phinetune.train.loop import Counters, Loop
+from phinetune.train.loop import Loop
 from phinetune.train.memory import MemoryPeak
 from phinetune.train.optimiser import learning_rates, make_optimizer
 
@@ -58,8 +59,8 @@ class Result:
 def train(
     recipe: Recipe,
     *,
-    train_rows: Sequence[Any] | None = None,
-    eval_rows: Sequence[Any] | None = None,
+    train_rows: list[Any] | None = None,
+    eval_rows: list[Any] | None = None,
     resume: bool | str | Path = False,
     overwrite: bool = False,
     words: Sequence[str] = (),
@@ -68,7 +69,7 @@ def train(
 
     Args:
         recipe: what to do.
-        train_rows, eval_rows: chats that take the place of `recipe.data.train` and `recipe.data.eval`.
+        train_rows, eval_rows: lists of chats that take the place of `recipe.data.train` and `recipe.data.eval`.
         resume: True for the newest whole checkpoint of the output folder, or a checkpoint.
         overwrite: empties an output folder that isn't empty.
         words: said at the beginning, such as what names were mapped.
@@ -76,140 +77,141 @@ def train(
     Raises:
         PhinetuneError: its kinds say what; bad input is found before the model is loaded.
     """
-    config = recipe.training_config
-    folder = Path(config.output_dir)
+    began = time.perf_counter()
+    config, folder = recipe.training_config, Path(recipe.training_config.output_dir)
     _check_folder(folder, bool(resume), overwrite or config.overwrite_output_dir)
-    tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
-    seed = config.seed if config.data_seed is None else config.data_seed
-    data = prepare(
-        recipe.data,
-        tokenizer,
-        seed,
-        None if train_rows is None else list(train_rows),
-        None if eval_rows is None else list(eval_rows),
-    )
-    steps = plan_run([len(example.ids) for example in data.train], seed, config, recipe.data.max_length)
-    learning_rate_at = learning_rates(config, len(steps))
+    with MemoryPeak() as memory:
+        tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
+        data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
+        lengths = [len(example.ids) for example in data.train]
+        steps = plan_run(lengths, config.seed_of_rows, config, recipe.data.max_length)
 
-    device = pick_device(config.use_cpu)
-    recipe.model_kwargs.dtype = str(resolve_dtype(recipe.model_kwargs.dtype, device)).removeprefix("torch.")
+        device = pick_device(config.use_cpu)
+        recipe.model_kwargs.dtype = resolve_dtype(recipe.model_kwargs.dtype, device)
+        identity = _identity(recipe, data)
+        checkpoint = _checkpoint_to_resume(folder, resume, identity)
 
-    with MemoryPeak() as memory, _output(folder, recipe, data, tokenizer, resume):
-        for word in words:
-            log.warning(word)
-        began = time.perf_counter()
         model = load_model(recipe.model, recipe.model_kwargs, device)
         adapt_model(model, recipe.peft_config, config.seed)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        optimizer = make_optimizer(model, config)
-        base = Base(recipe.model, recipe.model_kwargs.revision, recipe.peft_config)
-        identity = _identity(recipe, data)
-        loop = Loop(*(recipe, model, optimizer, learning_rate_at, steps, data.train, data.eval, folder, base, identity))
-        if resume:
-            _resume(loop, resume)
-        _announce(loop, data)
-        model.train()
-        loop.run()
 
-        save_adapter(model, folder, recipe.peft_config, base.model, base.revision)
-        comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
-        summary = {
-            "model": recipe.model,
-            "rows": len(data.train),
-            "steps": len(steps),
-            "seconds": round(time.perf_counter() - began, 1),
-            "peak_gb": round(memory.gb, 3),
-            **(comparison.summary() if comparison else {}),
-        }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        log.info(
-            "done: %d steps in %.0f s, peak memory %.2f GB, %s", *(len(steps), summary["seconds"], memory.gb, folder)
+        loop = Loop(
+            recipe=recipe,
+            model=model,
+            optimizer=make_optimizer(model, config),
+            learning_rate_at=learning_rates(config, len(steps)),
+            steps=steps,
+            train=data.train,
+            eval=data.eval,
+            folder=folder,
+            base=Base(recipe.model, recipe.model_kwargs.revision, recipe.peft_config),
+            identity=identity,
         )
+        with _output(folder, recipe, data, tokenizer, fresh=not resume):
+            for word in words:
+                log.warning(word)
+            if checkpoint is not None:
+                loop.resume(checkpoint)
+            _announce(loop, data)
+            loop.run()
+
+            save_adapter(model, folder, recipe.peft_config, recipe.model, recipe.model_kwargs.revision)
+            comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
+            summary = {
+                "model": recipe.model,
+                "rows": len(data.train),
+                "steps": len(steps),
+                "seconds": round(time.perf_counter() - began, 1),
+                "peak_gb": round(memory.gb, 3),
+                **(comparison.summary() if comparison else {}),
+            }
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            log.info(f"done: {len(steps)} steps in {summary['seconds']:.0f} s, peak {memory.gb:.2f} GB, {folder}")
     return Result(folder, summary, comparison)
 
 
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that holds something, unless it is a run that is to be resumed or overwritten."""
+    where = f"output_dir {folder}"
     if folder.is_file():
-        raise RecipeError(f"output_dir {folder}", "is a file", "give a folder")
+        raise RecipeError(where, "is a file", "give a folder")
     if resume or not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise RecipeError(f"output_dir {folder}", "is not empty", "use --resume, --overwrite or another output_dir")
+        raise RecipeError(where, "is not empty", "use --resume, --overwrite or another output_dir")
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(where, "holds no run of phinetune's, so it is not emptied", "give another output_dir")
 
 
-def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, resume: bool | str | Path) -> Any:
-    """Opens the output folder: what is known before training is written first. Returns the log's context."""
-    if not resume and folder.exists():
+@contextmanager
+def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool) -> Iterator[None]:
+    """The output folder, with what is known before training in it, and the log open."""
+    if fresh and folder.exists():
         shutil.rmtree(folder)  # empty, or to be overwritten
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     write_ledgers(folder, data.ledgers)
     tokenizer.save_pretrained(folder)
-    return run_log(folder, recipe.training_config.log_level)
+    with run_log(folder, recipe.training_config.log_level):
+        yield
 
 
 def _identity(recipe: Recipe, data: Prepared) -> dict[str, Any]:
     """Everything an update depends on: a checkpoint is resumed only by a run that agrees with it."""
-    settings = {
-        f"{section}.{name}" if isinstance(value, BaseModel) else section: item
-        for section, value in recipe
-        for name, item in (value if isinstance(value, BaseModel) else [("", value)])
-        if name not in FREE_TO_CHANGE.get(section, ()) and section != "evaluation"
-    }
-    return {**settings, "data": data.fingerprint, "rows": len(data.train)}
+    settings: dict[str, Any] = {"model": recipe.model, "tokenizer_kwargs": recipe.tokenizer_kwargs}
+    for section in ("model_kwargs", "data", "training_config", "peft_config"):
+        for name, value in getattr(recipe, section):
+            if name not in FREE_TO_CHANGE.get(section, ()):
+                settings[f"{section}.{name}"] = value
+    return {**settings, "rows": len(data.train), "tokens of the rows": data.fingerprint}
 
 
-def _resume(loop: Loop, resume: bool | str | Path) -> None:
-    checkpoint = newest_whole_checkpoint(loop.folder) if resume is True else Path(str(resume))
+def _checkpoint_to_resume(folder: Path, resume: bool | str | Path, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint that is asked for, whole and of this run; None for a run from the beginning."""
+    if not resume:
+        return None
+    checkpoint = newest_whole_checkpoint(folder) if resume is True else Path(str(resume))
     if checkpoint is None:
-        log.info("no checkpoint in %s yet: starting from the beginning", loop.folder)
-        return
+        log.warning(f"no checkpoint in {folder} yet: starting from the beginning")
+        return None
     if not checkpoint.is_dir():
         raise CheckpointError(str(checkpoint), "no such checkpoint", "give a checkpoint-N folder, or --resume alone")
-    state = read_state(checkpoint)
-    then, now = state["identity"], json.loads(json.dumps(loop.identity))
-    changed = [name for name in now if then.get(name) != now[name]]
+    then, now = read_state(checkpoint)["identity"], json.loads(json.dumps(identity))
+    changed = [f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in now if then.get(name) != now[name]]
     if changed:
-        listed = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in changed[:5])
-        raise CheckpointError(
-            str(checkpoint), f"belongs to another run ({listed})", "resume with its own recipe and data"
-        )
-    load_checkpoint(checkpoint, loop.model, loop.optimizer)
-    loop.step, loop.counters = state["step"], Counters(**state["counters"])
-    log.info("resuming behind step %d from %s", loop.step, checkpoint)
+        what = f"belongs to another run ({'; '.join(changed[:5])})"
+        raise CheckpointError(str(checkpoint), what, "resume with its own recipe and data")
+    return checkpoint
 
 
 def _announce(loop: Loop, data: Prepared) -> None:
     """Rows, supervised tokens, steps, expected time and memory, before the first step."""
-    model, steps_left = loop.model, loop.steps[loop.step :]
+    model = loop.model
     for name, ledger in data.ledgers.items():
         log.info(
-            "%s: %s rows of %s used, %s rejected; %s tokens, %s of them supervised",
-            *(name, f"{ledger.used:,}", ledger.source, f"{len(ledger.rejected):,}"),
-            *(f"{ledger.tokens:,}", f"{ledger.supervised:,}"),
+            f"{name}: {ledger.used:,} rows of {ledger.source} used, {len(ledger.rejected):,} rejected; "
+            f"{ledger.tokens:,} tokens, {ledger.supervised:,} of them supervised"
         )
-    for ledger in data.ledgers.values():
         for rejected in ledger.rejected[:5]:
-            log.warning("left out %s: %s", rejected.where, rejected.reason)
-    layers = list(lora_layers(model))
+            log.warning(f"left out {rejected.where}: {rejected.reason}")
+    layers = len(list(lora_layers(model)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info(
-        "model: %s in %s, %s layers adapted, %s trainable parameters",
-        *(loop.base.model, loop.recipe.model_kwargs.dtype, len(layers), f"{trained:,}"),
-    )
+    dtype = loop.recipe.model_kwargs.dtype
+    log.info(f"model: {loop.base.model} in {dtype}, {layers} layers adapted, {trained:,} trainable parameters")
     if not takes_flat_batches(model):
-        log.info("%s models take the general path: a row at a time", model.config.model_type)
-    tokens = sum(len(loop.train[row].ids) for rows in steps_left for row in rows)
-    supervised = sum(supervised_tokens([loop.train[row] for row in rows]) for rows in steps_left)
-    largest = max((sum(len(loop.train[row].ids) for row in rows) for rows in loop.steps), default=0)
+        log.info(f"{model.config.model_type} models take the general path: a row at a time")
+
+    left = [[loop.train[row] for row in rows] for rows in loop.steps[loop.step :]]
+    tokens = sum(len(example.ids) for examples in left for example in examples)
+    supervised = sum(supervised_tokens(examples) for examples in left)
+    fullest = max((sum(len(example.ids) for example in examples) for examples in left), default=0)
     longest = max(len(example.ids) for example in loop.train)
-    batch_tokens = max(longest, min(largest, loop.recipe.data.max_batch_tokens))
+    batch_tokens = max(longest, min(fullest, loop.recipe.data.max_batch_tokens))
     log.info(
-        "%s steps, %s tokens, %s of them supervised; expected: %.0f s, %.1f GB",
-        *(f"{len(steps_left):,}", f"{tokens:,}", f"{supervised:,}"),
-        *(expected_seconds(model, loop.train, tokens), expected_gb(model, batch_tokens)),
+        f"{len(left):,} steps, {tokens:,} tokens, {supervised:,} of them supervised; expected: "
+        f"{expected_seconds(model, loop.train, tokens):.0f} s, {expected_gb(model, batch_tokens):.1f} GB"
     )
 
 
@@ -228,7 +230,7 @@ def _compare(recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, folder:
             lambda who, done: bar.advance(done, what=f"evaluating {who}"),
         )
     for who, measured in (("base ", comparison.base), ("tuned", comparison.tuned)):
-        log.info("%s  %s", who, "  ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+        log.info(f"{who}  " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items()))
     if recipe.evaluation.metrics:
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in comparison.answers)

@@ -19,7 +19,7 @@ from phinetune.errors import RunError, Stopped
 from phinetune.evaluate import evaluate_loss
 from phinetune.model import flat_batches, loss_sum
 from phinetune.recipe import Recipe
-from phinetune.train.checkpoint import Base, save_checkpoint
+from phinetune.train.checkpoint import Base, load_checkpoint, read_state, save_checkpoint
 from phinetune.train.log import MetricsWriter, ProgressBar
 from phinetune.train.optimiser import interval, trainable_parameters
 
@@ -111,6 +111,13 @@ class Loop:
         if config.save_strategy != "no":
             self._save_at.add(total)
 
+    def resume(self, checkpoint: Path) -> None:
+        """Puts adapter, optimiser and counters back as they were behind the checkpoint's step."""
+        state = read_state(checkpoint)
+        load_checkpoint(checkpoint, self.model, self.optimizer)
+        self.step, self.counters = state["step"], Counters(**state["counters"])
+        log.info(f"resuming behind step {self.step} from {checkpoint}")
+
     def run(self) -> None:
         """Trains from `self.step` to the end.
 
@@ -119,6 +126,7 @@ class Loop:
             Stopped: on SIGINT or SIGTERM, behind a checkpoint.
         """
         config = self.recipe.training_config
+        self.model.train()
         bar = ProgressBar("training", len(self.steps), not config.disable_tqdm, self.step)
         with _signals() as caught, bar, MetricsWriter(self.folder, config, self.step) as metrics:
             if config.eval_on_start and self.step == 0:
@@ -190,15 +198,15 @@ class Loop:
         }
         self.counters = Counters(counters.tokens, counters.supervised_tokens)
         log.info(
-            "step %d/%d  loss %.4f  lr %.2e  grad norm %.3f  %.0f tokens/s",
-            *(self.step, len(self.steps), line["loss"], learning_rate, line["grad_norm"], line["tokens_per_second"]),
+            f"step {self.step}/{len(self.steps)}  loss {line['loss']:.4f}  lr {learning_rate:.2e}  "
+            f"grad norm {line['grad_norm']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
         )
         return line
 
     def _evaluate(self, metrics: MetricsWriter) -> None:
         if self.eval:
             measured = evaluate_loss(self.model, self.eval, self.recipe.data.max_batch_tokens)
-            log.info("step %d  eval_loss %.4f", self.step, measured["eval_loss"])
+            log.info(f"step {self.step}  eval_loss {measured['eval_loss']:.4f}")
             metrics.write({"step": self.step, **measured})
 
     def _save(self) -> None:
@@ -211,7 +219,7 @@ class Loop:
             self.base,
             self.recipe.training_config.save_total_limit,
         )
-        log.info("wrote %s", path)
+        log.info(f"wrote {path}")
 
     def _epoch_ends(self) -> set[int]:
         """Steps behind which every row has been seen once more."""
@@ -240,7 +248,7 @@ def _signals() -> Iterator[list[int]]:
         caught.append(number)
         for stopping, handler in before.items():
             signal.signal(stopping, handler)
-        log.info("%s: finishing this step and writing a checkpoint", signal.Signals(number).name)
+        log.info(f"{signal.Signals(number).name}: finishing this step and writing a checkpoint")
 
     before: dict[signal.Signals, Any] = {}
     try:

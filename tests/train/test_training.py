@@ -27,7 +27,8 @@ def test_a_run_writes_what_the_contract_says(tmp_path, tiny_llama_folder, chats)
         eval=0.1,
         training_config={
             **TINY, "output_dir": str(folder), "num_train_epochs": 3, "logging_steps": 4,
-            "evaluation_strategy": "steps", "eval_steps": 9, "save_steps": 7, "save_strategy": "steps", "report_to": "tensorboard",
+            "evaluation_strategy": "steps", "eval_steps": 9, "save_steps": 7, "save_strategy": "steps",
+            "report_to": "tensorboard",
         },
         peft_config={"r": 4},
         evaluation={"metrics": ["exact_match"], "max_new_tokens": 4},
