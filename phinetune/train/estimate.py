@@ -8,10 +8,12 @@ import torch
 
 from phinetune import lora
 from phinetune.data import Example
+from phinetune.kernels.loss import CHUNK_BYTES
+from phinetune.train.memory import memory_in_use
 
-# Share of the machine's matrix-product rate that a whole training step reaches, measured on SmolLM2-135M in
-# flat batches of 1,024 tokens on 2 CPU cores.
-SHARE_OF_RATE = 0.6
+# Share of the machine's matrix-product rate that a whole training step reaches: 0.44 measured on SmolLM2-135M in
+# fp32, flat batches of 1,024 tokens, 2 CPU cores (docs/log.md).
+SHARE_OF_RATE = 0.44
 
 
 def expected_seconds(model: Any, examples: Sequence[Example], tokens: int) -> float:
@@ -42,16 +44,17 @@ def product_rate(model: Any) -> float:
 
 
 def expected_gb(model: Any, batch_tokens: int) -> float:
-    """Peak memory of a step on `batch_tokens` tokens, in units of 10⁹ bytes.
+    """Peak memory of steps on `batch_tokens` tokens, in units of 10⁹ bytes, for a model that is loaded and adapted.
 
-    Weights; LoRA parameters four times in fp32 (value, gradient, two moments); what the layers keep for the
-    backward pass, by transformers' eager layers about 34 hidden widths and 8 intermediate ones a token and layer;
-    the chunk of logits; and the interpreter with its libraries.
+    To what is in use now come gradients and two moments of the LoRA parameters in fp32, what the layers keep for
+    the backward pass (about 18 hidden and 4 intermediate widths a token and layer in transformers' eager layers;
+    checkpointed, one hidden width and a single layer's share), and the chunks of logits.
     """
     config = model.config
-    base = {id(p): p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad}
-    trained = sum(p.numel() * 16 for p in model.parameters() if p.requires_grad)
+    to_come = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    kept_by_a_layer = 18 * hidden + 4 * intermediate
+    kept = hidden * layers + kept_by_a_layer if model.is_activation_checkpointing else kept_by_a_layer * layers
     element = torch.finfo(model.dtype).bits // 8
-    intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    kept = (34 * config.hidden_size + 8 * intermediate) * element * config.num_hidden_layers * batch_tokens
-    return float(sum(base.values()) + trained + kept) / 1e9 + 0.6
+    return (memory_in_use() + to_come + kept * element * batch_tokens + 3 * CHUNK_BYTES) / 1e9
