@@ -57,4 +57,4 @@ def expected_gb(model: Any, batch_tokens: int) -> float:
     kept_by_a_layer = 18 * hidden + 4 * intermediate
     kept = hidden * layers + kept_by_a_layer if model.is_activation_checkpointing else kept_by_a_layer * layers
     element = torch.finfo(model.dtype).bits // 8
-    return (memory_in_use() + to_come + kept * element * batch_tokens + 3 * CHUNK_BYTES) / 1e9
+    return float(memory_in_use() + to_come + kept * element * batch_tokens + 3 * CHUNK_BYTES) / 1e9
