@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from phinetune.adapter import save_adapter
 from phinetune.data import Prepared, plan_run, prepare, supervised_tokens, write_ledgers
 from phinetune.errors import CheckpointError, RecipeError
