@@ -77,6 +77,7 @@ class Counters:
     since_loss: float = 0.0  # Σ loss · supervised tokens
     since_tokens: int = 0
     since_supervised: int = 0
+    since_seconds: float = 0.0
     since_grad_norms: list[float] = field(default_factory=list)
 
 
@@ -131,7 +132,6 @@ class Loop:
         with _signals() as caught, bar, MetricsWriter(self.folder, config, self.step) as metrics:
             if config.eval_on_start and self.step == 0:
                 self._evaluate(metrics)
-            since = time.perf_counter()
             while self.step < len(self.steps):
                 rows = self.steps[self.step]
                 examples = [self.train[row] for row in rows]
@@ -155,12 +155,12 @@ class Loop:
                         "lower the learning rate, or look at these rows",
                     ) from None
                 self.step += 1
-                tokens = self._count(examples, loss, grad_norm)
-                bar.advance(note=f"loss {loss:.4f}, {tokens / (time.perf_counter() - begin):,.0f} tokens/s")
+                seconds = time.perf_counter() - begin
+                tokens = self._count(examples, loss, grad_norm, seconds)
+                bar.advance(note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
 
                 if self.step in self._log_at:
-                    metrics.write(self._log_line(learning_rate, time.perf_counter() - since))
-                    since = time.perf_counter()
+                    metrics.write(self._log_line(learning_rate))
                 if self.step in self._eval_at:
                     self._evaluate(metrics)
                 if self.step in self._save_at or caught:
@@ -173,18 +173,19 @@ class Loop:
                         caught[0],
                     )
 
-    def _count(self, examples: Sequence[Example], loss: float, grad_norm: float) -> int:
+    def _count(self, examples: Sequence[Example], loss: float, grad_norm: float, seconds: float) -> int:
         tokens, supervised = sum(len(e.ids) for e in examples), supervised_tokens(examples)
         counters = self.counters
         counters.tokens += tokens
         counters.supervised_tokens += supervised
         counters.since_tokens += tokens
         counters.since_supervised += supervised
+        counters.since_seconds += seconds
         counters.since_loss += loss * supervised
         counters.since_grad_norms.append(grad_norm)
         return tokens
 
-    def _log_line(self, learning_rate: float, seconds: float) -> dict[str, Any]:
+    def _log_line(self, learning_rate: float) -> dict[str, Any]:
         """The loss is the mean over the supervised tokens since the last line."""
         counters = self.counters
         line = {
@@ -194,7 +195,7 @@ class Loop:
             "grad_norm": sum(counters.since_grad_norms) / len(counters.since_grad_norms),
             "tokens": counters.tokens,
             "supervised_tokens": counters.supervised_tokens,
-            "tokens_per_second": counters.since_tokens / seconds,
+            "tokens_per_second": counters.since_tokens / counters.since_seconds,
         }
         self.counters = Counters(counters.tokens, counters.supervised_tokens)
         log.info(
