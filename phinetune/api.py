@@ -43,7 +43,7 @@ def finetune(
     eval_source, eval_rows = (eval, None) if isinstance(eval, float | int | None) else _path_or_rows(eval)
     given = {
         "model": str(model),
-        "data": {**(data or {}), "train": train_source, "eval": eval_source},
+        "data": {**(data or {}), "train": train_source, **({} if eval is None else {"eval": eval_source})},
         "training_config": training_config,
         "peft_config": peft_config,
         **sections,

@@ -60,8 +60,10 @@ def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_
         ids   [ s s s _ a a ]      mask  [ 1 1 1 0 1 1 ]      s: shared, computed once
               [ s s s b b b ]            [ 1 1 1 1 1 1 ]
     """
-    shared = _shared_prefix(prompts)
     width = max(map(len, prompts))
+    window = getattr(model.config, "sliding_window", None)
+    # Padding in the middle would take places in a sliding window.
+    shared = 0 if window and width + max_new_tokens > window else _shared_prefix(prompts)
     pad = stops[0]
     ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
     mask = torch.tensor(
@@ -69,7 +71,7 @@ def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_
     )
     cache = None
     if shared and len(prompts) > 1:
-        cache = model(ids[:1, :shared], use_cache=True).past_key_values
+        cache = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(prompts))
     out: Tensor = model.generate(
         ids,
@@ -77,6 +79,8 @@ def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        repetition_penalty=1.0,  # greedy means greedy, whatever the model's generation config adds
+        no_repeat_ngram_size=0,
         use_cache=True,
         eos_token_id=stops,
         pad_token_id=pad,

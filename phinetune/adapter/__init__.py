@@ -10,7 +10,7 @@ from phinetune.adapter.peft_format import (
     read_adapter,
     save_adapter,
 )
-from phinetune.adapter.tuned import is_adapter, load_tuned
+from phinetune.adapter.tuned import is_adapter, load_tuned, run_folders
 
 __all__ = [
     "CONFIG_FILE",
@@ -22,5 +22,6 @@ __all__ = [
     "load_adapter_tensors",
     "load_tuned",
     "read_adapter",
+    "run_folders",
     "save_adapter",
 ]

@@ -32,12 +32,17 @@ from phinetune.recipe import PeftConfig
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# What a layer read from an adapter may not ask for yet, with the values that ask for nothing.
+# What an adapter may not ask for yet, with the values that ask for nothing. PiSSA, OLoRA and the like change the
+# base when they begin: on the pristine base their adapters would answer wrongly.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "modules_to_save": (None, []),
     "lora_bias": (False, None),
     "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian"),
 }
 
 

@@ -5,12 +5,17 @@ from typing import Any
 
 from phinetune.adapter.peft_format import CONFIG_FILE, load_adapter, read_adapter
 from phinetune.errors import AdapterError
-from phinetune.model import fused_parts, load_model, load_tokenizer, pick_device
+from phinetune.model import fused_parts, load_model, load_tokenizer, pick_device, smollm2
 from phinetune.recipe import ModelKwargs
 
 
 def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG_FILE).is_file()
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The folder itself and, for a checkpoint, the run it belongs to."""
+    return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
 
 
 def load_tuned(folder: str | Path, kwargs: ModelKwargs, base: str | None = None) -> tuple[Any, Any]:
@@ -27,8 +32,11 @@ def load_tuned(folder: str | Path, kwargs: ModelKwargs, base: str | None = None)
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise AdapterError(str(folder), "doesn't say which base model it belongs to", "name it with --base")
-    kwargs = kwargs.model_copy(update={"revision": kwargs.revision or config.get("revision")})
-    own = [f for f in (folder, folder.parent) if (f / "tokenizer.json").is_file()]
+    revision = config.get("revision")
+    if base == smollm2.NAME and revision not in (None, smollm2.GGUF_SHA256):
+        raise AdapterError(str(folder), f"was made for another {base} ({revision})", "tune it again")
+    kwargs = kwargs.model_copy(update={"revision": kwargs.revision or revision})
+    own = [f for f in run_folders(folder) if (f / "tokenizer.json").is_file()]
     tokenizer = load_tokenizer(str(own[0]) if own else base, kwargs)
     model = load_model(base, kwargs, pick_device(use_cpu=False))
     load_adapter(model, folder, fused_parts(model.config))

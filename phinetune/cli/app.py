@@ -11,7 +11,6 @@ from phinetune.errors import PhinetuneError
 
 app = typer.Typer(
     help="Fine-tune Phi-3 and its relatives with LoRA, on the machine you have.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -26,6 +25,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty an output fo
 
 def main() -> None:
     """Runs the command line; a fault of the user's is one line on standard error, never a traceback."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
         code = app(standalone_mode=False)
     except PhinetuneError as error:
@@ -36,7 +37,12 @@ def main() -> None:
         print(f"error: {where}: {error.format_message()}; see `{where} --help`", file=sys.stderr)
         code = 2
     except (typer.Abort, KeyboardInterrupt):
+        print("stopped by SIGINT", file=sys.stderr)
         code = 130
+    except OSError as error:
+        where = error.filename or "phinetune"
+        print(f"error: {where}: {error.strerror or error}; make room or give another path", file=sys.stderr)
+        code = 1
     sys.exit(code)
 
 

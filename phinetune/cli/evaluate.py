@@ -8,7 +8,7 @@ from phinetune.recipe import DataConfig, EvaluationConfig, ModelKwargs, Recipe, 
 
 
 def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool, as_json: bool) -> None:
-    from phinetune.adapter import load_tuned
+    from phinetune.adapter import load_tuned, run_folders
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.data import prepare
     from phinetune.evaluate import compare
@@ -19,12 +19,17 @@ def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool
     config = recipe.training_config if recipe else None
     if data is not None:
         # Every row of the file is measured, the longest too.
-        prepared = prepare(DataConfig(train=data, max_length=1 << 20), tokenizer, seed=0)
+        supervise = recipe.data.supervise if recipe else "assistant"
+        prepared = prepare(DataConfig(train=data, max_length=1 << 20, supervise=supervise), tokenizer, seed=0)
         examples, rows = prepared.train, prepared.train_rows
     elif recipe is None or config is None or recipe.data.eval in (None, 0):
         raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
     else:
         prepared = prepare(recipe.data, tokenizer, config.seed_of_rows)
+        ledger = next(f / "ledger.json" for f in run_folders(run) if (f / "ledger.json").is_file())
+        if prepared.fingerprint != json.loads(ledger.read_text(encoding="utf-8")).get("fingerprint"):
+            what = "the data has changed since the run, so what was held out then is not known"
+            raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
         examples, rows = prepared.eval, prepared.eval_rows
     comparison = compare(
         model,
@@ -45,7 +50,9 @@ def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool
 
 def recipe_of(run: Path) -> Recipe | None:
     """The resolved recipe of a run's folder, or of the run a checkpoint belongs to."""
-    for folder in (run, run.parent):
+    from phinetune.adapter import run_folders
+
+    for folder in run_folders(run):
         if (folder / "recipe.yaml").is_file():
             return load_recipe(folder / "recipe.yaml")[0]
     return None

@@ -66,23 +66,23 @@ def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -
     if model is None:
         model = PHI3 if machine_memory() >= ENOUGH_FOR_PHI3 and hub_answers() else "smollm2"
         note = "  # or microsoft/Phi-3-mini-4k-instruct, a local folder, a .gguf file" if model == "smollm2" else ""
-    # Some 3 characters a token is low for English: the estimate errs towards longer rows.
-    longest = max(sum(len(message["content"]) for message in row.messages) // 3 + 8 * len(row.messages) for row in rows)
+    # Some 3 bytes a token is low for English and high for none of the scripts: the estimate errs towards longer rows.
+    longest = max(sum(len(m["content"].encode()) for m in row.messages) // 3 + 8 * len(row.messages) for row in rows)
     share = len(rows) >= ROWS_FOR_A_SHARE
     text = TEMPLATE.format(
-        data=data,
+        data=_yaml(data),
         output=output,
         rows=len(rows),
         messages=sum(len(row.messages) for row in rows),
         longest=longest,
-        model=model,
+        model=_yaml(model),
         model_note=note,
         eval="0.05" if share else "0",
         eval_note="                      # share held out; never trained on"
         if share
         else "  # too few rows to hold some out",
-        max_length=min(4096, max(256, 1 << (longest - 1).bit_length())),
-        output_dir=f"runs/{data.stem}",
+        max_length=max(256, 1 << (longest - 1).bit_length()),
+        output_dir=_yaml(f"runs/{data.stem}"),
         epochs=3 if len(rows) < 5000 else 1,
         batch=4 if len(rows) < 1000 else 8,
         checkpointing="false" if model == "smollm2" else "true",
@@ -92,6 +92,13 @@ def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -
     for row in rejected[:5]:
         print(f"  left out {row.where}: {row.reason}")
     print(f"wrote {output} for {model}; next:  phinetune train {output}")
+
+
+def _yaml(text: object) -> str:
+    """A path or name as YAML reads it back, in quotes where it must be."""
+    import yaml
+
+    return yaml.safe_dump(str(text), allow_unicode=True, width=10**6).removesuffix("...\n").strip()
 
 
 def machine_memory() -> int:

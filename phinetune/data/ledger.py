@@ -9,7 +9,7 @@ from phinetune.data.render import Example
 from phinetune.data.sources import Rejected
 from phinetune.errors import DataError
 
-SHOWN = 5
+SHOWN = 20
 
 
 @dataclass
@@ -44,21 +44,18 @@ class Ledger:
             return
         listed = "".join(f"\n  {r.where}: {r.reason}" for r in self.rejected[:SHOWN])
         more = f"\n  … and {len(self.rejected) - SHOWN:,} more" if len(self.rejected) > SHOWN else ""
-        raise DataError(
-            self.source,
-            f"{len(self.rejected):,} of {self.rows:,} rows can't be used, more than data.max_rejected={max_rejected:g}"
-            f"{listed}{more}\n ",
-            "correct these rows, or raise data.max_rejected",
-        )
+        beyond = f"more than data.max_rejected={max_rejected:g}" if self.used else "and none is left"
+        what = f"{len(self.rejected):,} of {self.rows:,} rows can't be used, {beyond}{listed}{more}\n "
+        raise DataError(self.source, what, "correct these rows, or raise data.max_rejected")
 
     def summary(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("source", "rows", "used", "tokens", "supervised", "longest")}
         return {**counts, "rejected": len(self.rejected)}
 
 
-def write_ledgers(folder: Path, ledgers: dict[str, Ledger]) -> None:
-    """`ledger.json` with the counts, `rejected.jsonl` with every row that was left out."""
-    counts = {name: ledger.summary() for name, ledger in ledgers.items()}
+def write_ledgers(folder: Path, ledgers: dict[str, Ledger], fingerprint: str) -> None:
+    """`ledger.json` with the counts and the digest of the rows, `rejected.jsonl` with every row left out."""
+    counts = {**{name: ledger.summary() for name, ledger in ledgers.items()}, "fingerprint": fingerprint}
     (folder / "ledger.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     with (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for ledger in ledgers.values():

@@ -1,26 +1,27 @@
 """From a conversation to token ids and a mask: which tokens are learnt.
 
 The text is what the tokenizer's own chat template writes, the ids one tokenisation of the whole, so a
-trained model sees what a served one will.  Where each turn lies is found by rendering the conversation
-as it grows.  A rendering of the first i messages is a beginning of the whole but for the template's own
-ending (Phi-3 ends every rendering in <|endoftext|>), so that tail is taken off first:
+trained model sees what a served one will.  A turn begins where the template's generation prompt for the
+messages before it ends, and is learnt through the first control token behind its words; the last turn also
+through what the template writes behind any conversation (Phi-3: <|endoftext|>).
 
-    messages[:1]                <|user|>Hi<|end|>                                             <|endoftext|>
     messages[:1] + generation   <|user|>Hi<|end|><|assistant|>
-    messages[:2]                <|user|>Hi<|end|><|assistant|>Hello!<|end|>                   <|endoftext|>
-    the whole                   <|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Bye<|end|>…<|endoftext|>
-    span of the turn                                          [Hello!<|end|>]
-
-A turn is learnt through its end-of-turn token, and the last one through the template's end of text.
+    the whole                   <|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Bye<|end|><|assistant|>…<|endoftext|>
+    span of the first answer                              [Hello!<|end|>]
 """
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from phinetune.data.sources import Rejected, Row
+from phinetune.errors import DataError
 
 Span = tuple[int, int]
+
+# A conversation in words that no template writes of its own.
+PROBE = [{"role": "user", "content": "8472"}, {"role": "assistant", "content": "5309"}]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class Example:
         return sum(self.mask[1:])
 
 
-class CannotRender(ValueError):
+class CannotRender(DataError):
     """A conversation that the chat template can't write, or whose turns can't be found in what it writes."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("chat", reason, "change these messages, or the template by tokenizer_kwargs.chat_template")
+        self.reason = reason
 
 
 class Renderer:
@@ -56,7 +61,7 @@ class Renderer:
         try:
             text, spans = self.spans(row.messages)
         except CannotRender as error:
-            return Rejected(row.where, str(error), row.raw)
+            return Rejected(row.where, error.reason, row.raw)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         if len(ids) > max_length:
@@ -73,11 +78,9 @@ class Renderer:
 
     def turn_ids(self) -> list[int]:
         """The control tokens that end an assistant's words or open the next turn: no answer goes on past one."""
-        said = "8472"  # words that no template writes of its own
-        chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
         try:
-            text, spans = self.spans(chat)
-            opening = self.prompt(chat[:1]).rpartition(said)[2]
+            text, spans = self.spans(PROBE)
+            opening = self.prompt(PROBE[:1]).rpartition(PROBE[0]["content"])[2]
         except CannotRender:
             return []
         found = [token for start, end in spans for token in self._control.findall(text, start, end)]
@@ -95,47 +98,50 @@ class Renderer:
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.supervise == "last":
             turns = turns[-1:]
-        tail = self._tail(messages, turns[0], text)
-        spans = [self._turn_span(messages, index, text, tail) for index in turns]
+        spans = [self._turn_span(messages, index, text) for index in turns]
         for message in messages:
             if message["content"].strip() not in text:
                 raise CannotRender(f"the chat template does not write the {message['role']} message")
+        if turns[-1] == len(messages) - 1 and self._tail and text.endswith(self._tail):
+            spans.append((len(text) - len(self._tail), len(text)))
         return text, spans
 
-    def _turn_span(self, messages: list[dict[str, Any]], index: int, text: str, tail: str) -> Span:
-        prompt = self._render(messages[:index], add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise CannotRender(f"the chat template rewrites what stands before message {index + 1}")
-        start = len(prompt)
-        if index == len(messages) - 1:
-            return start, self._end_of_turn(text, start, len(text))
-        so_far = self._render(messages[: index + 1]).removesuffix(tail)
-        if not text.startswith(so_far):
-            raise CannotRender(f"the chat template rewrites message {index + 1} when others follow")
-        return start, self._end_of_turn(text, start, len(so_far))
+    def _turn_span(self, messages: list[dict[str, Any]], index: int, text: str) -> Span:
+        """From behind the generation prompt to behind the first control token that follows the words."""
+        content = messages[index]["content"].strip()
+        if index == 0:  # nothing asked for it, so there is no generation prompt: its own words begin it
+            start = text.index(content)
+        else:
+            prompt = self._render(messages[:index], add_generation_prompt=True)
+            if not text.startswith(prompt):
+                raise CannotRender(f"the chat template rewrites what stands before message {index + 1}")
+            start = len(prompt)
+        found = text.find(content, start)
+        if found < 0:
+            raise CannotRender(f"the chat template rewrites message {index + 1}")
+        end = found + len(content)
+        following = messages[index + 1]["content"].strip() if index + 1 < len(messages) else ""
+        limit = text.find(following, end) if following else len(text)
+        control = self._control.search(text, end, limit if limit >= 0 else len(text))
+        return start, control.end() if control else end
 
-    def _end_of_turn(self, text: str, start: int, end: int) -> int:
-        """Behind the last control token of a turn; white space after it is never generated."""
-        last = 0
-        for match in self._control.finditer(text, start, end):
-            last = match.end()
-        return last or end
+    @cached_property
+    def _tail(self) -> str:
+        """What the template writes behind any conversation, such as <|endoftext|>; nothing for most.
 
-    def _tail(self, messages: list[dict[str, Any]], turn: int, text: str) -> str:
-        """What the template writes behind any conversation, such as <|endoftext|>.
-
-        It is where the rendering of an unfinished conversation leaves the whole; a point inside a control
-        token is moved back to its beginning, since two control tokens may begin alike.
+        It is where the rendering of a question alone leaves that of the question answered; a point inside a
+        control token is moved back to its beginning, since two control tokens may begin alike.
         """
-        if turn == 0:
+        try:
+            shorter, longer = self._render(PROBE[:1]), self._render(PROBE)
+        except CannotRender:
             return ""
-        shorter = self._render(messages[:turn])
-        leave = next((i for i, (a, b) in enumerate(zip(shorter, text, strict=False)) if a != b), len(shorter))
+        leave = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
         for match in self._control.finditer(shorter):
             if match.start() < leave < match.end():
                 leave = match.start()
         tail = shorter[leave:]
-        return tail if text.endswith(tail) else ""
+        return tail if longer.endswith(tail) else ""
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         if not messages:

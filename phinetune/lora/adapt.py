@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -58,7 +58,13 @@ def adapt(
         TargetError: if a target matches nothing (the message lists what the model has), or if a fused
             layer and a part of it are both named with different meanings.
     """
-    targets = _match_targets(model, target_modules, exclude_modules, fused or {})
+    try:
+        targets = _match_targets(model, target_modules, exclude_modules, fused or {})
+        for key in (*(rank_pattern or {}), *(alpha_pattern or {})):
+            if not any(from_pattern({key: True}, name, False) for name in targets):
+                raise TargetError(f"rank_pattern or alpha_pattern: {key!r} matches none of {_own_names(targets)}")
+    except re.error as error:
+        raise TargetError(f"{error.pattern!r} is not a regular expression ({error})") from None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, parts in targets.items():
@@ -157,6 +163,10 @@ def _match_targets(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, LoRALayer)
     }
+    for excluded in [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or ():
+        query: str | Sequence[str] = excluded if isinstance(exclude_modules, str) else [excluded]
+        if not any(_matches(name, query) for name in linears):
+            raise TargetError(f"exclude_modules: {excluded!r} matches none of {_own_names(linears)}")
     if target_modules == ALL_LINEAR:
         whole = [n for n, module in linears.items() if module is not head and not _matches(n, exclude_modules)]
         if not whole:
@@ -174,7 +184,7 @@ def _match_targets(
     hits: dict[str, set[str | None]] = {}
     missing = []
     for target in wanted:
-        query: str | Sequence[str] = target if isinstance(target_modules, str) else [target]
+        query = target if isinstance(target_modules, str) else [target]
         matched = [c for c in candidates if _matches(c, query)]
         if not matched:
             missing.append(target)
@@ -215,10 +225,17 @@ def from_pattern(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
 
 
 def _nothing_matched(missing: Sequence[str], candidates: Mapping[str, object]) -> str:
-    own_names = sorted({candidate.rpartition(".")[2] for candidate in candidates})
-    close = [match for target in missing for match in difflib.get_close_matches(target, own_names, n=1)]
-    hint = f" Did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+    own_names = {candidate.rpartition(".")[2] for candidate in candidates}
+    hint = ""
+    if own_names & set(missing):
+        hint = f" A string is a regex for the whole name: write [{missing[0]}] for layers of that name."
+    elif close := [match for target in missing for match in difflib.get_close_matches(target, own_names, n=1)]:
+        hint = f" Did you mean {', '.join(dict.fromkeys(close))}?"
     return (
         f"target_modules: nothing in the model is called {', '.join(map(repr, missing))}.{hint} "
-        f"The model has: {', '.join(own_names)} (or 'all-linear')"
+        f"The model has: {_own_names(candidates)} (or 'all-linear')"
     )
+
+
+def _own_names(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))

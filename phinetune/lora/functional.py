@@ -77,7 +77,7 @@ def delta_weight(
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Saves x, the thin product x Aᵀ and, under dropout, one byte an element: nothing else.
+    """Saves x, the thin product x Aᵀ and, under dropout, one byte an element, beside the weights themselves.
 
     Casts of A and B are made again in the backward pass: they cost r / T of a product, and keeping
     them would hold them for every layer at once.

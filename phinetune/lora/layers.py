@@ -166,7 +166,7 @@ class Linear(nn.Linear, LoRALayer):
         return delta.add_(self._base_weight.detach()).to(self.weight.dtype)
 
     def _versions(self) -> tuple[int, ...]:
-        return self.weight._version, self.lora_A._version, self.lora_B._version
+        return tuple(n for p in (self.weight, self.lora_A, self.lora_B) for n in (id(p), p._version))
 
     def merge(self) -> None:
         if self.has_lora:

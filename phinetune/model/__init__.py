@@ -2,7 +2,7 @@
 
 from phinetune.model.adapted import adapt_model
 from phinetune.model.family import flat_batches, fused_parts, loss_sum, takes_flat_batches
-from phinetune.model.load import load_model, load_tokenizer, pick_device, resolve_dtype
+from phinetune.model.load import load_model, load_tokenizer, pick_device, resolve_dtype, revision_of
 
 __all__ = [
     "adapt_model",
@@ -13,5 +13,6 @@ __all__ = [
     "loss_sum",
     "pick_device",
     "resolve_dtype",
+    "revision_of",
     "takes_flat_batches",
 ]

@@ -16,8 +16,10 @@ FLAT_FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
 
 
 def takes_flat_batches(model: Any) -> bool:
-    """Whether several rows may lie in one line."""
-    return model.config.model_type in FLAT_FAMILIES and model.config._attn_implementation == PACKED
+    """Whether several rows may lie in one line; packed attention has no dropout of its own."""
+    config = model.config
+    plain = config.model_type in FLAT_FAMILIES and not getattr(config, "attention_dropout", 0)
+    return plain and config._attn_implementation == PACKED
 
 
 def long_rope_boundary(config: Any) -> int | None:

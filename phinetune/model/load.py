@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 
 from phinetune.errors import ModelError
 from phinetune.model import attention, smollm2
@@ -53,7 +54,7 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
 
     attention.register()
     device = device or torch.device("cpu")
-    options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(kwargs.dtype, device))}
+    options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(kwargs.dtype, device, warn=False))}
     if model.endswith(".gguf"):
         options["quantization_config"] = GgufConfig(dequantize=True)
     config = _from_pretrained(AutoConfig.from_pretrained, model, kwargs)
@@ -67,9 +68,10 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     return loaded.requires_grad_(False).eval().to(device)
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
+def resolve_dtype(name: str, device: torch.device, warn: bool = True) -> str:
     """`auto` is bfloat16, but float32 on a CPU on which bfloat16 products are slower than float32 ones."""
-    ratio = bfloat16_speed() if device.type == "cpu" and name in ("auto", "bfloat16") else 1.0
+    asked = name == "auto" or (name == "bfloat16" and warn)
+    ratio = bfloat16_speed() if device.type == "cpu" and asked else 1.0
     if name == "bfloat16" and ratio < 1:
         log.warning(f"this CPU multiplies bfloat16 at {ratio:.2f} times float32's rate: dtype=float32 is faster here")
     return ("bfloat16" if ratio >= 1 else "float32") if name == "auto" else name
@@ -86,6 +88,11 @@ def _time_product(dtype: torch.dtype) -> float:
     begin = time.perf_counter()
     torch.nn.functional.linear(a, b)
     return time.perf_counter() - begin
+
+
+def revision_of(model: str, kwargs: ModelKwargs) -> str | None:
+    """Which version of a model is meant: the embedded one's sha256, else what the recipe names."""
+    return smollm2.GGUF_SHA256 if model == smollm2.NAME else kwargs.revision
 
 
 def pick_device(use_cpu: bool) -> torch.device:
@@ -117,7 +124,7 @@ def _from_pretrained(load: Callable[..., T], model: str, kwargs: ModelKwargs, **
         options["local_files_only"] = not hub_answers()
     try:
         return load(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if from_hub and options["local_files_only"]:
             raise ModelError(
@@ -125,7 +132,7 @@ def _from_pretrained(load: Callable[..., T], model: str, kwargs: ModelKwargs, **
                 "is not in the local cache, and the Hugging Face Hub does not answer",
                 "connect, or give a local folder, a .gguf file, or smollm2 (the embedded model)",
             ) from error
-        raise ModelError(where, f"can't be loaded ({reason})", "check the name and the files") from error
+        raise ModelError(where, f"can't be loaded ({reason})", "check the name, the files and model_kwargs") from error
 
 
 def hub_answers() -> bool:

@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from phinetune.errors import RecipeError
-from phinetune.recipe.names import SECTIONS, known_names, nearest, settle
+from phinetune.recipe.names import SECTIONS, current_name, known_names, nearest, settle
 from phinetune.recipe.schema import Recipe
 
 FREE_SECTIONS = ("tokenizer_kwargs",)  # passed on as they are
@@ -48,7 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
 
 def make_recipe(given: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe, list[str]]:
     """The same from a dictionary; `training_config` and `peft_config` may be real config objects."""
-    unknown = [key for key in given if key not in Recipe.model_fields]
+    unknown = [str(key) for key in given if key not in Recipe.model_fields]
     if unknown:
         hints = [f"unknown section {key}{_hint_for_section(key)}" for key in unknown]
         raise RecipeError(where, " and ".join(hints), f"a recipe has {', '.join(Recipe.model_fields)}")
@@ -64,16 +64,10 @@ def make_recipe(given: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe
         settled, said = settle(section, values, where)
         words += said
         for path, value in settled.items():
-            target_section, name = path.split(".")
-            # A name mapped from another section never overrides one that was given under its own name.
-            if target_section == section:
-                tree.setdefault(target_section, {})[name] = value
-            else:
-                tree.setdefault(target_section, {}).setdefault(name, value)
-    if tree.get("training_config", {}).get("report_to") in ("none", None, "all"):
-        tree.get("training_config", {}).pop("report_to", None)
-    elif isinstance(tree["training_config"]["report_to"], str):
-        tree["training_config"]["report_to"] = [tree["training_config"]["report_to"]]
+            owner, name = path.split(".")
+            if tree.setdefault(owner, {}).setdefault(name, value) != value:
+                what = f"{path} is given twice, as {tree[owner][name]!r} and as {value!r} in {section}"
+                raise RecipeError(where, what, "keep one")
     try:
         return Recipe.model_validate(tree), words
     except ValidationError as error:
@@ -109,9 +103,26 @@ def _apply_override(given: dict[str, Any], override: str) -> None:
     if section not in (*SECTIONS, *FREE_SECTIONS):
         hint = nearest(section, (*SECTIONS, *FREE_SECTIONS))
         raise RecipeError(f"override {override!r}", f"unknown section {section}{hint}", "write section.name=value")
-    if not isinstance(given.setdefault(section, {}), dict):
+    if section in SECTIONS:
+        path, value = current_name(section, name, value)
+        section, name = path.split(".")
+        _forget(given, path)
+    if given.get(section) is None:
+        given[section] = {}
+    if not isinstance(given[section], dict):
         raise RecipeError(section, "is not a mapping", "write name: value lines below it")
     given[section][name] = value
+
+
+def _forget(given: dict[str, Any], path: str) -> None:
+    """Takes a setting out of a recipe under every name it may have there: an override is stronger."""
+    for section in SECTIONS:
+        values = given.get(section)
+        if not isinstance(values, dict):
+            continue
+        for name in list(values):
+            if current_name(section, str(name), values[name])[0] == path:
+                del values[name]
 
 
 def _as_dict(section: str, value: Any, where: str, words: list[str]) -> dict[str, Any]:
@@ -140,7 +151,7 @@ def _from_config_object(section: str, config: Any) -> dict[str, Any]:
         value = getattr(value, "value", value)  # enums
         value = sorted(value) if isinstance(value, set) else value
         if field.name in ours:
-            if value is not None:
+            if value is not None or type(None) in get_args(ours[field.name].annotation):
                 values[field.name] = value
         elif value != getattr(plain, field.name, None) and value not in (None, "", [], {}):
             values[field.name] = value
@@ -165,9 +176,10 @@ class _StrictLoader(yaml.SafeLoader):
     """Refuses a key that stands twice, which YAML would settle in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                mark = node.value[index][0].start_mark
+                mark = own[index].start_mark
                 raise yaml.YAMLError(f"{key!r} stands twice, again in line {mark.line + 1}")
         return super().construct_mapping(node, deep)

@@ -136,6 +136,7 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
         "fp16": "float16 needs loss scaling: use model_kwargs.dtype=bfloat16",
         "resume_from_checkpoint": "resume with `phinetune train RECIPE --resume`",
         "use_cache": "set model_kwargs.use_cache",
+        "run_name": "a run is named by its output_dir",
         "model_init_kwargs": "set model_kwargs",
         "trust_remote_code": "never: native model classes only",
         "save_only_model": "a checkpoint always holds what a resume needs",
@@ -169,6 +170,7 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
     "model_kwargs": {
         **dict.fromkeys(["device_map", "low_cpu_mem_usage", "max_memory"], "the model is loaded whole on one device"),
         "use_flash_attention_2": "set attn_implementation",
+        "trust_remote_code": "never: native model classes only",
     },
     "data": {},
     "evaluation": {},
@@ -209,12 +211,13 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
     faults: list[str] = []
     for name, value in given.items():
         path = f"{section}.{name}"
-        if name in SECTIONS[section].model_fields:
-            settled[path] = value
-        elif name in MAPPED[section]:
-            new_path, convert = MAPPED[section][name]
-            settled.setdefault(new_path, convert(value))
-            words.append(f"{path} is read as {new_path}={settled[new_path]}")
+        if name in SECTIONS[section].model_fields or name in MAPPED[section]:
+            new_path, value = current_name(section, name, value)
+            if settled.get(new_path, value) != value:
+                faults.append(f"{new_path} is given twice, as {settled[new_path]!r} and as {name}={value!r}")
+            settled[new_path] = value
+            if new_path != path:
+                words.append(f"{path} is read as {new_path}={value}")
         elif name in NO_COUNTERPART[section]:
             words.append(f"{path}={value!r} is ignored: {NO_COUNTERPART[section][name]}")
         elif name in REFUSED.get(section, {}):
@@ -226,6 +229,12 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
     if faults:
         raise RecipeError(where, " and ".join(faults), "correct or remove it")
     return settled, words
+
+
+def current_name(section: str, name: str, value: Any) -> tuple[str, Any]:
+    """What a name is called now, `section.name`, and its value there."""
+    new_path, convert = MAPPED[section].get(name, (f"{section}.{name}", _same))
+    return new_path, convert(value)
 
 
 def known_names(section: str) -> list[str]:

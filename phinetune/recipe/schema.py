@@ -39,10 +39,15 @@ def _known_dtype(value: str) -> str:
     return name
 
 
+def _loggers(value: Any) -> list[Any]:
+    names = [value] if isinstance(value, str) else list(value or [])
+    return [name for name in names if name not in ("none", "all")]
+
+
 class ModelKwargs(Section):
     """How the base model is loaded (names of `from_pretrained`)."""
 
-    dtype: Annotated[str, AfterValidator(_known_dtype)] = "auto"
+    dtype: Annotated[str, BeforeValidator(str), AfterValidator(_known_dtype)] = "auto"
     """Of the base weights. `auto`: bfloat16, or float32 on a CPU that multiplies bfloat16 more slowly."""
     attn_implementation: str = "auto"
     """`auto`: phinetune's packed attention where the model can take it; else as transformers names it."""
@@ -54,8 +59,6 @@ class ModelKwargs(Section):
     """Hub access token; the environment's HF_TOKEN by default."""
     cache_dir: str | None = None
     """Where Hub downloads are kept."""
-    trust_remote_code: Literal[False] = False
-    """Never: native model classes only."""
 
 
 class DataConfig(Section):
@@ -130,10 +133,8 @@ class TrainingConfig(Section):
     """What train.log and the screen hold; `passive` is info."""
     disable_tqdm: bool = False
     """No progress bar."""
-    report_to: Annotated[list[Literal["tensorboard"]], Field()] = Field(default_factory=list)
+    report_to: Annotated[list[Literal["tensorboard"]], BeforeValidator(_loggers)] = Field(default_factory=list)
     """Further loggers: tensorboard."""
-    run_name: str | None = None
-    """Name shown by those loggers."""
     eval_strategy: Strategy = "no"
     """When the held-out loss is taken, beside once at the end."""
     eval_steps: Annotated[float, Field(gt=0)] | None = None

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from phinetune.adapter import load_adapter_tensors, read_adapter, save_adapter
+from phinetune.adapter import CONFIG_FILE, TENSOR_FILE, load_adapter_tensors, read_adapter, save_adapter
 from phinetune.errors import CheckpointError
 from phinetune.recipe import PeftConfig
 from phinetune.train.optimiser import trainable_parameters
@@ -58,7 +58,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/checkpoint-STEP`, then removes the oldest beyond `keep`."""
     final = folder / f"checkpoint-{step}"
-    work = folder / f".tmp-checkpoint-{step}"
+    work, aside = folder / f".tmp-checkpoint-{step}", folder / f".tmp-checkpoint-{step}-old"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
@@ -70,10 +70,12 @@ def save_checkpoint(
         for path in work.iterdir():
             _flush(path)
         _flush(work)
-        if final.exists():  # left behind by an earlier life of this run
-            shutil.rmtree(final)
+        if final.exists():  # written by an earlier life of this run: set aside first, so that one of both is whole
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
         work.rename(final)
         _flush(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -112,7 +114,7 @@ def find_fault(checkpoint: Path) -> str | None:
                 return f"its manifest names {name!r}"
             if _sha256(checkpoint / name) != digests[name]:
                 return f"{name} has changed"
-        missing = {OPTIMIZER, STATE} - digests.keys()
+        missing = {CONFIG_FILE, TENSOR_FILE, OPTIMIZER, STATE} - digests.keys()
         return f"its manifest lacks {', '.join(sorted(missing))}" if missing else None
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -138,12 +140,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     _, tensors = read_adapter(checkpoint)
     load_adapter_tensors(model, tensors, str(checkpoint))
     moments = load_file(checkpoint / OPTIMIZER)
-    for name, parameter in trainable_parameters(model).items():
-        optimizer.state[parameter] = {
-            key.removeprefix(f"{name}."): value.to(parameter.device) if key.endswith(("avg", "avg_sq")) else value
-            for key, value in moments.items()
-            if key.rpartition(".")[0] == name
-        }
+    state = {
+        index: {key.rpartition(".")[2]: value for key, value in moments.items() if key.rpartition(".")[0] == name}
+        for index, name in enumerate(trainable_parameters(model))
+    }
+    # torch's own loader knows what belongs on which device.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -10,16 +10,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phinetune.adapter import save_adapter
 from phinetune.data import Prepared, plan_run, prepare, supervised_tokens, write_ledgers
 from phinetune.errors import CheckpointError, RecipeError
 from phinetune.evaluate import Comparison, compare
 from phinetune.lora import lora_layers
-from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype, takes_flat_batches
+from phinetune.model import (
+    adapt_model,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    resolve_dtype,
+    revision_of,
+    takes_flat_batches,
+)
 from phinetune.recipe import Recipe, dump_recipe
-from phinetune.train.checkpoint import Base, newest_whole_checkpoint, read_state
+from phinetune.train.checkpoint import Base, list_checkpoints, newest_whole_checkpoint, read_state
 from phinetune.train.estimate import expected_gb, expected_seconds
-from phinetune.train.log import ProgressBar, run_log
+from phinetune.train.log import ProgressBar, check_loggers, run_log
 from phinetune.train.loop import Loop
 from phinetune.train.memory import MemoryPeak
 from phinetune.train.optimiser import learning_rates, make_optimizer
@@ -37,12 +47,19 @@ FREE_TO_CHANGE = {
             "logging_first_step",
             "logging_dir",
         ),
-        *("log_level", "disable_tqdm", "report_to", "run_name", "eval_strategy", "eval_steps", "eval_on_start"),
+        *("log_level", "disable_tqdm", "report_to", "eval_strategy", "eval_steps", "eval_on_start"),
         *("save_strategy", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     },
     "data": {"train", "eval", "max_rejected"},
     "model_kwargs": {"token", "cache_dir"},
 }
+
+# Everything a run writes into its folder.
+WRITTEN = [
+    "adapter_config.json", "adapter_model.safetensors", "answers.jsonl", "chat_template.jinja", "checkpoint-*",
+    "ledger.json", "metrics.jsonl", "recipe.yaml", "rejected.jsonl", "special_tokens_map.json", "summary.json",
+    "tensorboard", "tokenizer*", "train.log", ".tmp-checkpoint-*",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,27 +101,32 @@ def train(
         lengths = [len(example.ids) for example in data.train]
         steps = plan_run(lengths, config.seed_of_rows, config, recipe.data.max_length)
 
+        learning_rate_at = learning_rates(config, len(steps))
+        check_loggers(config)
+
         device = pick_device(config.use_cpu)
-        recipe.model_kwargs.dtype = resolve_dtype(recipe.model_kwargs.dtype, device)
+        checkpoint = _checkpoint_to_resume(folder, resume)
+        recipe = _with_dtype(recipe, device, checkpoint)
         identity = _identity(recipe, data)
-        checkpoint = _checkpoint_to_resume(folder, resume, identity)
+        if checkpoint is not None:
+            _check_identity(checkpoint, identity)
 
         model = load_model(recipe.model, recipe.model_kwargs, device)
         adapt_model(model, recipe.peft_config, config.seed)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
 
+        base = Base(recipe.model, revision_of(recipe.model, recipe.model_kwargs), recipe.peft_config)
         loop = Loop(
             recipe=recipe,
             model=model,
             optimizer=make_optimizer(model, config),
-            learning_rate_at=learning_rates(config, len(steps)),
+            learning_rate_at=learning_rate_at,
             steps=steps,
             train=data.train,
             eval=data.eval,
             folder=folder,
-            base=Base(recipe.model, recipe.model_kwargs.revision, recipe.peft_config),
+            base=base,
             identity=identity,
         )
         with _output(folder, recipe, data, tokenizer, fresh=not resume):
@@ -115,8 +137,10 @@ def train(
             _announce(loop, data)
             loop.run()
 
-            save_adapter(model, folder, recipe.peft_config, recipe.model, recipe.model_kwargs.revision)
+            save_adapter(model, folder, recipe.peft_config, base.model, base.revision)
             comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
+            if comparison is not None:
+                loop.write_last_evaluation(comparison.tuned)
             summary = {
                 "model": recipe.model,
                 "rows": len(data.train),
@@ -139,26 +163,36 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         return
     if not overwrite:
         raise RecipeError(where, "is not empty", "use --resume, --overwrite or another output_dir")
-    if not (folder / "recipe.yaml").is_file():
+    if not all((folder / name).is_file() for name in ("recipe.yaml", "ledger.json", "train.log")):
         raise RecipeError(where, "holds no run of phinetune's, so it is not emptied", "give another output_dir")
 
 
 @contextmanager
 def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool) -> Iterator[None]:
     """The output folder, with what is known before training in it, and the log open."""
-    if fresh and folder.exists():
-        shutil.rmtree(folder)  # empty, or to be overwritten
     folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        _remove_run(folder)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    write_ledgers(folder, data.ledgers)
+    write_ledgers(folder, data.ledgers, data.fingerprint)
     tokenizer.save_pretrained(folder)
     with run_log(folder, recipe.training_config.log_level):
         yield
 
 
+def _remove_run(folder: Path) -> None:
+    """Removes what an earlier run wrote, by name; anything else in the folder is somebody else's."""
+    for path in (folder / name for pattern in WRITTEN for name in folder.glob(pattern)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _identity(recipe: Recipe, data: Prepared) -> dict[str, Any]:
     """Everything an update depends on: a checkpoint is resumed only by a run that agrees with it."""
     settings: dict[str, Any] = {"model": recipe.model, "tokenizer_kwargs": recipe.tokenizer_kwargs}
+    settings["revision"] = revision_of(recipe.model, recipe.model_kwargs)
     for section in ("model_kwargs", "data", "training_config", "peft_config"):
         for name, value in getattr(recipe, section):
             if name not in FREE_TO_CHANGE.get(section, ()):
@@ -166,22 +200,39 @@ def _identity(recipe: Recipe, data: Prepared) -> dict[str, Any]:
     return {**settings, "rows": len(data.train), "tokens of the rows": data.fingerprint}
 
 
-def _checkpoint_to_resume(folder: Path, resume: bool | str | Path, identity: dict[str, Any]) -> Path | None:
-    """The checkpoint that is asked for, whole and of this run; None for a run from the beginning."""
+def _with_dtype(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Recipe:
+    """The recipe with `dtype: auto` resolved: as the checkpoint has it, else by what this machine is faster in."""
+    dtype = recipe.model_kwargs.dtype
+    if dtype == "auto" and checkpoint is not None:
+        dtype = read_state(checkpoint)["identity"]["model_kwargs.dtype"]
+    kwargs = recipe.model_kwargs.model_copy(update={"dtype": resolve_dtype(dtype, device)})
+    return recipe.model_copy(update={"model_kwargs": kwargs})
+
+
+def _checkpoint_to_resume(folder: Path, resume: bool | str | Path) -> Path | None:
+    """The checkpoint that is asked for; None for a run from the beginning."""
     if not resume:
         return None
-    checkpoint = newest_whole_checkpoint(folder) if resume is True else Path(str(resume))
+    if resume is not True:
+        if not Path(resume).is_dir():
+            raise CheckpointError(str(resume), "no such checkpoint", "give a checkpoint-N folder, or --resume alone")
+        return Path(resume)
+    checkpoint = newest_whole_checkpoint(folder)
+    if checkpoint is None and (list_checkpoints(folder) or (folder / "summary.json").exists()):
+        what = "no checkpoint in it is whole" if list_checkpoints(folder) else "a finished run without checkpoints"
+        raise CheckpointError(str(folder), f"can't be resumed: {what}", "start again with --overwrite")
     if checkpoint is None:
         log.warning(f"no checkpoint in {folder} yet: starting from the beginning")
-        return None
-    if not checkpoint.is_dir():
-        raise CheckpointError(str(checkpoint), "no such checkpoint", "give a checkpoint-N folder, or --resume alone")
+    return checkpoint
+
+
+def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Raises CheckpointError if the checkpoint was written by a run that would make other updates."""
     then, now = read_state(checkpoint)["identity"], json.loads(json.dumps(identity))
     changed = [f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in now if then.get(name) != now[name]]
     if changed:
         what = f"belongs to another run ({'; '.join(changed[:5])})"
         raise CheckpointError(str(checkpoint), what, "resume with its own recipe and data")
-    return checkpoint
 
 
 def _announce(loop: Loop, data: Prepared) -> None:

@@ -1,5 +1,6 @@
 """Where a run says what it does: the screen, train.log, metrics.jsonl, TensorBoard."""
 
+import importlib.util
 import json
 import logging
 import sys
@@ -54,7 +55,7 @@ class MetricsWriter:
         if first_step > 0 and self._path.exists():
             self._forget_after(first_step)
         self._file = self._path.open("a" if first_step > 0 else "w", encoding="utf-8")
-        self._board = _tensorboard(folder, config) if "tensorboard" in config.report_to else None
+        self._board = _tensorboard(folder, config, first_step) if "tensorboard" in config.report_to else None
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(dict(metrics)) + "\n")
@@ -79,14 +80,17 @@ class MetricsWriter:
         self._path.write_text("".join(kept), encoding="utf-8")
 
 
-def _tensorboard(folder: Path, config: TrainingConfig) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            "training_config.report_to", "TensorBoard is not installed", "pip install 'phinetune[tensorboard]'"
-        ) from None
-    return SummaryWriter(config.logging_dir or str(folder / "tensorboard"))
+def check_loggers(config: TrainingConfig) -> None:
+    """Raises InputError for a logger that isn't installed."""
+    if "tensorboard" in config.report_to and importlib.util.find_spec("tensorboard") is None:
+        mend = "pip install 'phinetune[tensorboard]'"
+        raise InputError("training_config.report_to", "TensorBoard is not installed", mend)
+
+
+def _tensorboard(folder: Path, config: TrainingConfig, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(config.logging_dir or str(folder / "tensorboard"), purge_step=first_step + 1)
 
 
 class ProgressBar:

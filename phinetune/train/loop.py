@@ -163,15 +163,18 @@ class Loop:
                     metrics.write(self._log_line(learning_rate))
                 if self.step in self._eval_at:
                     self._evaluate(metrics)
-                if self.step in self._save_at or caught:
+                stopped_by = caught[0] if caught else None
+                if self.step in self._save_at or stopped_by:
                     self._save()
-                if caught and self.step < len(self.steps):
-                    raise Stopped(
-                        f"step {self.step}",
-                        f"stopped by {signal.Signals(caught[0]).name} behind checkpoint-{self.step}",
-                        "go on with --resume",
-                        caught[0],
-                    )
+                if stopped_by:
+                    what = f"stopped by {signal.Signals(stopped_by).name} behind checkpoint-{self.step}"
+                    raise Stopped(f"step {self.step}", what, "go on with --resume", stopped_by)
+
+    def write_last_evaluation(self, measured: dict[str, float]) -> None:
+        """The evaluation behind the last step, unless the loop has taken one there."""
+        if len(self.steps) not in self._eval_at:
+            with MetricsWriter(self.folder, self.recipe.training_config, self.step) as metrics:
+                metrics.write({"step": self.step, **measured})
 
     def _count(self, examples: Sequence[Example], loss: float, grad_norm: float, seconds: float) -> int:
         tokens, supervised = sum(len(e.ids) for e in examples), supervised_tokens(examples)

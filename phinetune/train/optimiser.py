@@ -1,5 +1,6 @@
 """AdamW on the LoRA parameters, and the learning rate as a function of the step."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,4 +63,4 @@ def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
 
 def interval(value: float, total_steps: int) -> int:
     """A number of steps as TrainingArguments writes it: below 1 it is a share of all steps."""
-    return max(1, round(value * total_steps) if value < 1 else int(value))
+    return max(1, math.ceil(value * total_steps) if value < 1 else int(value))

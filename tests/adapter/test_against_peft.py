@@ -187,9 +187,10 @@ def test_damaged_and_foreign_adapters_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="which the model has not"):
         load_adapter(tiny_model("phi3"), tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
-    with pytest.raises(AdapterError, match="use_dora=True is not supported yet"):
-        load_adapter(tiny_model("llama"), tmp_path)
+    for name, value in (("use_dora", True), ("init_lora_weights", "pissa")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, name: value}))
+        with pytest.raises(AdapterError, match=f"{name}={value!r} is not supported yet"):
+            load_adapter(tiny_model("llama"), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     tensors = (tmp_path / "adapter_model.safetensors").read_bytes()
     (tmp_path / "adapter_model.safetensors").write_bytes(tensors[: len(tensors) // 2])

@@ -67,7 +67,11 @@ def test_a_missing_file(recipe, tmp_path):
 def test_bad_rows(recipe, chats):
     with chats.open("a") as file:
         file.write("nonsense\n" * 5)
-    bad(phinetune("train", recipe), "5 of 45 rows can't be used", f"{chats}:41: is not valid JSON")
+    bad(
+        phinetune("train", recipe),
+        "5 of 45 rows can't be used, more than data.max_rejected=0.01",
+        f"{chats}:41: is not valid JSON",
+    )
 
 
 def test_a_model_that_cannot_be_had_is_said_at_once(recipe, tmp_path):
@@ -90,6 +94,7 @@ def test_targets_that_match_nothing(recipe):
 def test_usage_errors():
     bad(phinetune("train"), "phinetune train: ", "--help")
     bad(phinetune("tarin"), "tarin")
+    assert "Usage: " in phinetune().stdout
     bad(phinetune("train", "recipe.yaml", "--overwrit"), "--overwrit")
 
 
@@ -135,6 +140,7 @@ def test_chat_with_what_is_no_adapter(tmp_path, tiny_llama_folder):
 
 
 def test_init_writes_a_recipe_that_trains(tmp_path, tiny_llama_folder, chats):
+    chats = chats.rename(tmp_path / "my: chats #1.jsonl")
     path = tmp_path / "mine.yaml"
     written = phinetune("init", chats, "-o", path, "--model", tiny_llama_folder)
     assert written.returncode == 0, written.stderr
@@ -144,6 +150,12 @@ def test_init_writes_a_recipe_that_trains(tmp_path, tiny_llama_folder, chats):
     run = phinetune("train", path, f"output_dir={tmp_path / 'run'}", "max_steps=2", "dtype=float32")
     assert run.returncode == 0, run.stderr
     bad(phinetune("init", tmp_path / "no.jsonl", "-o", tmp_path / "other.yaml"), "no such file")
+
+
+def test_evaluate_does_not_take_changed_data_for_held_out(recipe, tmp_path, chats):
+    assert phinetune("train", recipe).returncode == 0
+    chats.write_text(chats.read_text() + chats.read_text().splitlines()[0] + "\n")
+    bad(phinetune("evaluate", tmp_path / "run", "--no-answers"), "the data has changed since the run", "--data")
 
 
 def test_init_proposes_a_model_for_the_machine(tmp_path, chats):

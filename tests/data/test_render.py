@@ -90,12 +90,48 @@ def test_control_text_in_a_message_is_refused_by_name(phi3_tokenizer):
         Renderer(phi3_tokenizer).spans(messages)
 
 
-def with_template(tokenizer, template):
+def with_template(tokenizer, template, controls=()):
     import copy
 
     changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens({"additional_special_tokens": list(controls)}) if controls else None
     changed.chat_template = template
     return Renderer(changed)
+
+
+def test_a_chat_that_begins_with_the_assistant(phi3_tokenizer, smollm2_tokenizer):
+    messages = [{"role": "assistant", "content": "Hello!"}, *TWO_TURNS[3:]]
+    _, supervised = learnt(phi3_tokenizer, messages)
+    assert phi3_tokenizer.convert_ids_to_tokens(supervised[:4]) == ["Hello", "!", "<|end|>", "Good"]
+    _, supervised = learnt(phi3_tokenizer, messages[:1])
+    assert supervised == [10994, 29991, 32007, 32000]
+    _, supervised = learnt(smollm2_tokenizer, messages[:1])
+    assert smollm2_tokenizer.decode(supervised) == "Hello!<|im_end|>", "not the system message the template adds"
+
+
+# Meta-Llama-3-8B-Instruct's first template: it ends every rendering with the header of the next answer.
+LLAMA3 = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>\n\n' + m['content'] | trim + '<|eot|>' }}"
+    "{% endfor %}"
+    "{{ '<|start|>assistant<|stop|>\n\n' }}"
+)
+LLAMA2 = (  # the system message inside the first user turn, no control token between question and answer
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<s>[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "controls", "expected"),
+    [
+        (LLAMA3, ["<|start|>", "<|stop|>", "<|eot|>"], ["Hello!<|eot|>", "Good\n\nbye é😀<|eot|>"]),
+        (LLAMA2, ["<s>", "</s>"], [" Hello! </s>", " Good\n\nbye é😀 </s>"]),
+    ],
+)
+def test_other_templates(smollm2_tokenizer, template, controls, expected):
+    renderer = with_template(smollm2_tokenizer, template, controls)
+    text, spans = renderer.spans(TWO_TURNS[1:])
+    assert [text[start:end] for start, end in spans] == expected
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(smollm2_tokenizer):

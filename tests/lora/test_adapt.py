@@ -70,6 +70,20 @@ def test_targets_that_match_nothing_are_an_error_that_lists_what_the_model_has()
     assert not list(lora.lora_layers(model)), "nothing was changed"
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": "q_proj"}, "A string is a regex for the whole name: write .q_proj."),
+        ({"target_modules": "*_proj"}, "is not a regular expression"),
+        ({"exclude_modules": ["k_porj"]}, "exclude_modules: 'k_porj' matches none of"),
+        ({"rank_pattern": {"q_porj": 2}}, "'q_porj' matches none of"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_errors(settings, message):
+    with pytest.raises(lora.TargetError, match=message):
+        lora.adapt(tiny_model("llama"), **{"target_modules": "all-linear", "r": 2, **settings})
+
+
 def test_parts_of_phi3s_fused_layers_are_their_rows():
     model = tiny_model("phi3")
     lora.adapt(model, ["q_proj", "v_proj", "up_proj"], r=4, fused=fused_parts(model.config))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import relative_error, tiny_config, tiny_model
+from conftest import draw_lora_B, relative_error, tiny_config, tiny_model
 
 from phinetune import lora
 from phinetune.data import Example
@@ -38,6 +38,7 @@ def test_any_layout_gives_the_loss_and_gradient_of_rows_one_by_one(family, max_t
     model = tiny_model(family)
     assert takes_flat_batches(model)
     lora.adapt(model, "all-linear", r=2)
+    draw_lora_B(model, std=0.1)
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
     examples = random_examples([5, 17, 30, 9, 2])
@@ -50,6 +51,7 @@ def test_any_layout_gives_the_loss_and_gradient_of_rows_one_by_one(family, max_t
         total += loss.item()
     assert total == pytest.approx(reference.item(), rel=1e-5)
     for (name, ours), (_, theirs) in zip(lora.lora_layers(model), lora.lora_layers(plain), strict=True):
+        assert relative_error(ours.lora_A.grad, theirs.lora_A.grad) < 1e-4, name
         assert relative_error(ours.lora_B.grad, theirs.lora_B.grad) < 1e-4, name
 
 

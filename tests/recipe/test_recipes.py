@@ -53,8 +53,12 @@ def test_an_old_name_is_honoured_with_a_word(section, old, value, path, read_as)
 
 
 def test_a_name_without_counterpart_is_said_aloud():
-    _, words = make_recipe({**MINIMAL, "training_config": {"group_by_length": True, "push_to_hub": True}})
-    assert len(words) == 2
+    given = {
+        "training_config": {"group_by_length": True, "push_to_hub": True},
+        "model_kwargs": {"trust_remote_code": True},
+    }
+    _, words = make_recipe({**MINIMAL, **given})
+    assert len(words) == 3
     assert all("is ignored" in word for word in words)
 
 
@@ -73,7 +77,9 @@ def test_a_name_without_counterpart_is_said_aloud():
             {"training_config": {"learning_rate": "fast", "seed": "x"}},
             "learning_rate='fast'.* and training_config.seed='x'",
         ),
-        ({"model_kwargs": {"trust_remote_code": True}}, "model_kwargs.trust_remote_code=True"),
+        ({"training_config": {"lr": 1e-3, "learning_rate": 1e-4}}, "learning_rate is given twice, as 0.001 and as"),
+        ({"training_config": {"max_seq_length": 512}, "data": {"train": "a", "max_length": 99}}, "given twice"),
+        ({1: 2}, "unknown section 1"),
         ({"training_config": []}, "is .., not a mapping"),
         ({"data": {}}, "data.train is missing"),
     ],
@@ -85,6 +91,21 @@ def test_what_is_wrong_is_named(given, message):
 
 def test_harmless_values_of_unsupported_names_pass():
     make_recipe({**MINIMAL, "peft_config": {"use_dora": False, "init_lora_weights": True, "modules_to_save": None}})
+
+
+def test_the_samples_own_values_pass():
+    import torch
+
+    recipe, _ = make_recipe({**MINIMAL, "model_kwargs": {"torch_dtype": torch.bfloat16, "use_cache": False}})
+    assert recipe.model_kwargs.dtype == "bfloat16"
+
+
+def test_yaml_merge_keys_and_an_empty_section(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: smollm2\ndata: &d {train: a}\npeft_config:\nevaluation: {<<: {max_new_tokens: 3}}\n")
+    recipe, _ = load_recipe(path, ["r=8"])
+    assert recipe.peft_config.r == 8
+    assert recipe.evaluation.max_new_tokens == 3
 
 
 def test_real_config_objects_are_taken_whole(tmp_path):
@@ -105,6 +126,7 @@ def test_real_config_objects_are_taken_whole(tmp_path):
     assert recipe.peft_config.lora_dropout == 0
     assert recipe.peft_config.target_modules == ["q_proj", "v_proj"]
     assert words == []
+    assert recipe.training_config.save_total_limit is None, "the object's own default: keep all"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +137,11 @@ def test_real_config_objects_are_taken_whole(tmp_path):
         ("peft_config.target_modules=[q_proj, v_proj]", "peft_config", "target_modules", ["q_proj", "v_proj"]),
         ("eval=0.1", "data", "eval", 0.1),
         ("evaluation_strategy=epoch", "training_config", "eval_strategy", "epoch"),
+        ("lr=1e-3", "training_config", "learning_rate", 1e-3),  # demo.yaml has learning_rate
+        ("training_config.max_seq_length=99", "data", "max_length", 99),  # and max_length
+        ("peft_config.rank=3", "peft_config", "r", 3),
+        ("eval_strategy=no", "training_config", "eval_strategy", "no"),  # which YAML reads as false
+        ("report_to=none", "training_config", "report_to", []),
     ],
 )
 def test_overrides(override, section, name, value):

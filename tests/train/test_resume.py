@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,8 +118,11 @@ def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, whole):
     assert resumed.returncode == 0, resumed.stderr
     assert f"{newest} is damaged (optimizer.safetensors has changed)" in resumed.stderr
     assert digest(folder) == digest(whole)
-    named = run(recipe, "--resume", str(newest))
-    assert named.returncode in (0, 2)
+    shutil.copytree(max(folder.glob("checkpoint-*")), folder / "checkpoint-1")
+    (folder / "checkpoint-1" / "state.json").write_text("{}")
+    named = run(recipe, "--resume", str(folder / "checkpoint-1"))
+    assert named.returncode == 2
+    assert "checkpoint-1: can't be resumed: state.json has changed; give an earlier checkpoint" in named.stderr
 
 
 def test_another_recipe_does_not_resume_it(recipe, tmp_path, whole):

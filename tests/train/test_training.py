@@ -10,10 +10,12 @@ from conftest import draw_lora_B, relative_error, tiny_config, tiny_model
 import phinetune
 from phinetune import lora
 from phinetune.data import Example
-from phinetune.errors import RunError
+from phinetune.errors import RecipeError, RunError
 from phinetune.model import adapt_model
 from phinetune.recipe import PeftConfig, TrainingConfig
 from phinetune.train import training_step
+from phinetune.train.checkpoint import Base, load_checkpoint, save_checkpoint
+from phinetune.train.finetune import WRITTEN
 from phinetune.train.optimiser import learning_rates, make_optimizer
 
 TINY = {"use_cpu": True, "disable_tqdm": True, "learning_rate": 2e-3}
@@ -63,7 +65,7 @@ def test_a_run_writes_what_the_contract_says(tmp_path, tiny_llama_folder, chats)
     assert list((folder / "tensorboard").glob("events.out.*"))
 
 
-def test_rows_and_a_dataset_give_the_same_as_a_file(tmp_path, tiny_llama_folder, chats):
+def test_rows_from_python_give_the_same_as_a_file(tmp_path, tiny_llama_folder, chats):
     rows = [json.loads(line) for line in chats.read_text().splitlines()]
     losses = []
     for i, source in enumerate((chats, rows)):
@@ -97,7 +99,9 @@ def step_of(rows, *, dropout=0.0, max_batch_tokens=4096, checkpointing=False, fa
     optimizer = make_optimizer(model, TrainingConfig())
     settings = {"learning_rate": 1e-3, "max_grad_norm": 1.0, "max_batch_tokens": max_batch_tokens, "seed": (3, 0)}
     loss, norm = training_step(model, optimizer, rows, **settings)
-    return loss, norm, {name: layer.lora_A.detach().clone() for name, layer in lora.lora_layers(model)}
+    weights = {f"{name}.A": layer.lora_A for name, layer in lora.lora_layers(model)}
+    weights |= {f"{name}.m": optimizer.state[layer.lora_A]["exp_avg"] for name, layer in lora.lora_layers(model)}
+    return loss, norm, {name: tensor.detach().clone() for name, tensor in weights.items()}  # m is the gradient, scaled
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 13, 40])
@@ -148,7 +152,7 @@ def test_a_run_names_the_step_and_the_rows_that_were_not_finite(tmp_path, tiny_l
 def test_learning_rates_are_those_of_transformers(name):
     from transformers import get_scheduler
 
-    config = TrainingConfig(learning_rate=1e-3, lr_scheduler_type=name, warmup_steps=0.2)
+    config = TrainingConfig(learning_rate=1e-3, lr_scheduler_type=name, warmup_steps=0.16)  # of 20: 3.2, so 4
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=4, num_training_steps=20)
     rate = learning_rates(config, 20)
@@ -156,6 +160,54 @@ def test_learning_rates_are_those_of_transformers(name):
         assert rate(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9), step
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_a_checkpoint_of_a_merged_linear_goes_on_bit_for_bit(tmp_path, optim):
+    names = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    config = TrainingConfig(optim=optim)
+
+    def start():
+        model = tiny_model("phi3")
+        adapt_model(model, PeftConfig(r=4, lora_dropout=0.1, target_modules=names), seed=1)
+        return model.train(), make_optimizer(model, config)
+
+    def go(model, optimizer, steps):
+        for step in steps:
+            settings = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "max_batch_tokens": 40, "seed": (3, step)}
+            training_step(model, optimizer, examples(seed=step), **settings)
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = go(*start(), range(4))
+    first = start()
+    go(*first, range(2))
+    path = save_checkpoint(tmp_path, 2, *first, {}, Base("tiny", None, PeftConfig(r=4)), keep=None)
+    second = start()
+    load_checkpoint(path, *second)
+    resumed = go(*second, range(2, 4))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_an_output_folder_is_emptied_of_a_runs_files_alone(tmp_path, tiny_llama_folder, chats):
+    folder = tmp_path / "run"
+    settings = {
+        "model": str(tiny_llama_folder),
+        "train": str(chats),
+        "training_config": {**TINY, "output_dir": str(folder), "max_steps": 1},
+        "model_kwargs": {"dtype": "float32"},
+    }
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match="holds no run of phinetune's, so it is not emptied"):
+        phinetune.finetune(**settings, overwrite=True)
+    (folder / "recipe.yaml").unlink()
+    phinetune.finetune(**settings)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoint-99").mkdir()
+    phinetune.finetune(**settings, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "checkpoint-99").exists()
+    assert {p.name for p in folder.iterdir() if not any(p.match(w) for w in WRITTEN)} == {"notes.txt"}
 
 
 def test_learning_rates_by_hand():
