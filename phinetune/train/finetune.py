@@ -249,6 +249,8 @@ def _announce(loop: Loop, data: Prepared) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = loop.recipe.model_kwargs.dtype
     log.info(f"model: {loop.base.model} in {dtype}, {layers} layers adapted, {trained:,} trainable parameters")
+    if loop.recipe.training_config.save_total_limit == 1:
+        log.info("save_total_limit=1: the two newest checkpoints are kept, so that a damaged one has one behind it")
     if not takes_flat_batches(model):
         log.info(f"{model.config.model_type} models take the general path: a row at a time")
 
