@@ -1,15 +1,9 @@
 """PEFT's adapter format in and out, and the tuned model it makes."""
 
-from phinetune.adapter.peft_format import (
-    CONFIG_FILE,
-    TENSOR_FILE,
-    adapter_config,
-    adapter_tensors,
-    load_adapter,
-    load_adapter_tensors,
-    read_adapter,
-    save_adapter,
-)
+from phinetune.adapter.load import load_adapter
+from phinetune.adapter.peft_format import CONFIG_FILE, TENSOR_FILE, read_adapter
+from phinetune.adapter.portable import make_portable
+from phinetune.adapter.save import adapter_config, adapter_tensors, save_adapter
 from phinetune.adapter.tuned import is_adapter, load_tuned, run_folders
 
 __all__ = [
@@ -19,8 +13,8 @@ __all__ = [
     "adapter_tensors",
     "is_adapter",
     "load_adapter",
-    "load_adapter_tensors",
     "load_tuned",
+    "make_portable",
     "read_adapter",
     "run_folders",
     "save_adapter",

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from phinetune.adapter.peft_format import CONFIG_FILE, load_adapter, read_adapter
+from phinetune.adapter.load import load_adapter
+from phinetune.adapter.peft_format import CONFIG_FILE, read_adapter
 from phinetune.errors import AdapterError
 from phinetune.model import fused_parts, load_model, load_tokenizer, pick_device, smollm2
 from phinetune.recipe import ModelKwargs

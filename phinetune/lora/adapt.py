@@ -1,241 +1,180 @@
-"""LoRA on a live model: `adapt` swaps layers in by name, `fuse` folds them, `unfuse` unfolds them."""
+"""LoRA on a live model: `adapt` swaps layers in by name."""
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from phinetune.lora.layers import Linear, LoRALayer, MergedLinear
-
-T = TypeVar("T")
-
-ALL_LINEAR = "all-linear"
-
-# A fused layer's own name -> the layers it stands for, in order, with their rows:
-# {"qkv_proj": {"q_proj": 3072, "k_proj": 3072, "v_proj": 3072}}
-FusedParts = Mapping[str, Mapping[str, int]]
-
-
-class TargetError(ValueError):
-    """Target names that match nothing, or that contradict each other."""
+from phinetune.lora.adapters import (
+    active_adapters,
+    adapter_names,
+    keep_base_biases,
+    replace_module,
+    set_adapter,
+)
+from phinetune.lora.layer import DEFAULT, LoRALayer
+from phinetune.lora.linear import Linear, MergedLinear
+from phinetune.lora.modules_to_save import ModulesToSaveWrapper, saved_modules
+from phinetune.lora.state import Bias, bias_names, mark_only_lora_as_trainable
+from phinetune.lora.targets import (
+    ALL_LINEAR,
+    FusedParts,
+    Names,
+    TargetError,
+    find_targets,
+    from_pattern,
+    lora_class,
+    matches,
+    own_names,
+    part_names,
+)
 
 
 def adapt(
     model: nn.Module,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
+    target_modules: Names = ALL_LINEAR,
     *,
+    adapter_name: str = DEFAULT,
     r: int = 8,
     lora_alpha: float = 8,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    init_lora_weights: bool | str = True,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
+    exclude_modules: Names | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: Names | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    bias: Bias = "none",
     fused: FusedParts | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Puts LoRA layers in place of a model's linear layers; everything else is frozen.
+    """Puts LoRA layers in place of a model's linear layers, embeddings and convolutions; all else is frozen.
 
     Args:
         model: any module; changed in place.
         target_modules: as in PEFT's LoraConfig. A list takes exact names and `.suffix`es; a string is a
-            regex that must match the whole name; "all-linear" takes every `nn.Linear` but the output
-            head.  Names of `fused` parts count as layers: "q_proj" on Phi-3 means its rows of qkv_proj.
-        r, lora_alpha, lora_dropout, use_rslora: as in `Linear`.
+            regex that must match the whole name; "all-linear" takes every `nn.Linear` (and transformers'
+            Conv1D) but the output head. Names of `fused` parts count as layers: "q_proj" on Phi-3 means its
+            rows of qkv_proj.
+        adapter_name: a second call with another name adds a second adapter, which `set_adapter` switches on.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights: as in `Linear`.
         rank_pattern, alpha_pattern: r and lora_alpha for names that match a key, `(.*\\.)?(KEY)$`.
         exclude_modules: names that get no LoRA, matched as `target_modules` are.
+        layers_to_transform, layers_pattern: only layers of these numbers, found behind this name in a path.
+        modules_to_save: names of modules of which a whole copy trains.
+        bias: which biases train: none, all, or lora_only (those of adapted layers).
         fused: which layers stand for several.
         dtype: of the LoRA parameters; the base's by default.
 
     Returns:
-        The names of the layers that were replaced.
+        The names of the layers that have the adapter.
 
     Raises:
-        TargetError: if a target matches nothing (the message lists what the model has), or if a fused
-            layer and a part of it are both named with different meanings.
+        TargetError: if a name matches nothing (the message lists what the model has), if a fused layer and a part
+            of it are both named, or a layer can't be adapted; nothing is changed.
     """
+    to_save = list(modules_to_save or [])
+    before = active_adapters(model)
     try:
-        targets = _match_targets(model, target_modules, exclude_modules, fused or {})
+        targets = find_targets(
+            model,
+            target_modules,
+            exclude_modules=exclude_modules,
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            modules_to_save=to_save,
+            fused=fused,
+        )
+        adapted = [part for name, parts in targets.items() for part in part_names(name, parts)]
         for key in (*(rank_pattern or {}), *(alpha_pattern or {})):
-            if not any(from_pattern({key: True}, name, False) for name in targets):
-                raise TargetError(f"rank_pattern or alpha_pattern: {key!r} matches none of {_own_names(targets)}")
+            if not any(from_pattern({key: True}, name, False) for name in adapted):
+                raise TargetError(f"rank_pattern or alpha_pattern: {key!r} matches none of {own_names(adapted)}")
     except re.error as error:
         raise TargetError(f"{error.pattern!r} is not a regular expression ({error})") from None
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    whole = [name for name, _ in model.named_modules() if matches(name, to_save)]
+    for name in to_save:
+        if not any(matches(module, [name]) for module in whole):
+            raise TargetError(f"modules_to_save: no module is called {name!r}")
+    if adapter_name in adapter_names(model):
+        raise TargetError(f"adapter_name={adapter_name!r}: the model has an adapter of that name")
+    if bias != "none" and before:
+        raise TargetError(f"bias={bias!r}: biases train with one adapter only, and the model has {list(before)}")
+
     for name, parts in targets.items():
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        options: dict[str, Any] = {
-            "r": from_pattern(rank_pattern, name, r),
-            "lora_alpha": from_pattern(alpha_pattern, name, lora_alpha),
+        settings: dict[str, Any] = {
+            "r": r,
+            "lora_alpha": lora_alpha,
             "lora_dropout": lora_dropout,
             "use_rslora": use_rslora,
-            "dtype": dtype,
+            "use_dora": use_dora,
+            "init_lora_weights": init_lora_weights,
         }
-        layer: Linear
         if parts:
-            splits = (fused or {})[name.rpartition(".")[2]]
-            layer = MergedLinear.from_base(
-                base,
-                **options,
-                enable_lora=[part in parts for part in splits],
-                out_splits=list(splits.values()),
-            )
+            settings |= _settings_of_parts(name, parts, fused or {}, rank_pattern, alpha_pattern, r, lora_alpha)
         else:
-            layer = Linear.from_base(base, **options)
-        replace_module(model, name, layer)
+            settings["r"] = from_pattern(rank_pattern, name, r)
+            settings["lora_alpha"] = from_pattern(alpha_pattern, name, lora_alpha)
+        add_to_layer(model, name, adapter_name, settings, dtype)
+    for name in whole:
+        save_whole(model, name, adapter_name)
+    set_adapter(model, before or adapter_name)
+    keep_base_biases(model, bias_names(model, bias))
+    mark_only_lora_as_trainable(model, bias)
     return list(targets)
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """Name and layer of everything in the model that has LoRA parameters."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear) and module.has_lora:
-            yield name, module
+def add_to_layer(
+    model: nn.Module, name: str, adapter_name: str, settings: dict[str, Any], dtype: torch.dtype | None
+) -> LoRALayer:
+    """Adds an adapter to one layer, in whose place a LoRA layer comes where it isn't one yet."""
+    module = model.get_submodule(name)
+    if isinstance(module, LoRALayer):
+        module.add_adapter(adapter_name, module.settings(**settings), dtype)
+        return module
+    kind = lora_class(module)
+    assert kind is not None
+    if "enable_lora" in settings and kind is Linear:
+        kind = MergedLinear
+    layer = kind.from_base(module, adapter_name=adapter_name, dtype=dtype, **settings)
+    replace_module(model, name, layer)
+    return layer
 
 
-def fuse(model: nn.Module) -> None:
-    """Folds every ΔW into a merged weight, so that inference costs one product a layer.
-
-    Costs a second copy of the adapted weights; the base stays as it is, and training goes on from
-    `unfuse(model)` (or `model.train()`) as if nothing had been.
-    """
-    for _, layer in lora_layers(model):
-        layer.merge()
-
-
-def unfuse(model: nn.Module) -> None:
-    """Drops the merged weights: the exact reverse of `fuse`."""
-    for _, layer in lora_layers(model):
-        layer.unmerge()
+def save_whole(model: nn.Module, name: str, adapter_name: str) -> None:
+    """Gives an adapter a trained copy of a module."""
+    module = model.get_submodule(name)
+    if isinstance(module, ModulesToSaveWrapper):
+        module.add_copy(adapter_name)
+    elif not any(name.startswith(f"{wrapped}.") for wrapped, _ in saved_modules(model)):
+        replace_module(model, name, ModulesToSaveWrapper(module, adapter_name))
 
 
-@contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
-    """The model with its adapters folded in, for the length of a `with` block."""
-    fuse(model)
-    try:
-        yield
-    finally:
-        unfuse(model)
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters: the base, for the length of a `with` block."""
-    layers = [layer for _, layer in lora_layers(model)]
-    for layer in layers:
-        layer.lora_enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.lora_enabled = True
-
-
-def unload(model: nn.Module) -> None:
-    """Replaces every LoRA layer by a plain one that holds W + ΔW: the reverse of `adapt`, tuned."""
-    for name, layer in list(lora_layers(model)):
-        replace_module(model, name, layer.to_base())
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` points to."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _match_targets(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    exclude_modules: str | Sequence[str] | None,
+def _settings_of_parts(
+    name: str,
+    parts: Sequence[str],
     fused: FusedParts,
-) -> dict[str, list[str]]:
-    """{layer: parts of it that were named}; no parts where the whole layer was."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, LoRALayer)
+    rank_pattern: Mapping[str, int] | None,
+    alpha_pattern: Mapping[str, float] | None,
+    r: int,
+    lora_alpha: float,
+) -> dict[str, Any]:
+    """Flags, rows, ranks and alphas of a fused layer's parts: lists where they differ."""
+    splits = fused[name.rpartition(".")[2]]
+    names = dict(zip(parts, part_names(name, parts), strict=True))
+    settings: dict[str, Any] = {
+        "enable_lora": [part in parts for part in splits],
+        "out_splits": list(splits.values()),
     }
-    for excluded in [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or ():
-        query: str | Sequence[str] = excluded if isinstance(exclude_modules, str) else [excluded]
-        if not any(_matches(name, query) for name in linears):
-            raise TargetError(f"exclude_modules: {excluded!r} matches none of {_own_names(linears)}")
-    if target_modules == ALL_LINEAR:
-        whole = [n for n, module in linears.items() if module is not head and not _matches(n, exclude_modules)]
-        if not whole:
-            raise TargetError("target_modules='all-linear': the model has no nn.Linear to adapt")
-        return {name: [] for name in whole}
-
-    # Every name a target may mean: real layers, and the parts of fused ones beside their siblings.
-    candidates: dict[str, tuple[str, str | None]] = {linear: (linear, None) for linear in linears}
-    for name in linears:
-        parent, _, own = name.rpartition(".")
-        for part in fused.get(own, ()):
-            candidates[f"{parent}.{part}".lstrip(".")] = (name, part)
-
-    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    hits: dict[str, set[str | None]] = {}
-    missing = []
-    for target in wanted:
-        query = target if isinstance(target_modules, str) else [target]
-        matched = [c for c in candidates if _matches(c, query)]
-        if not matched:
-            missing.append(target)
-        for candidate in matched:
-            linear, meant = candidates[candidate]
-            if not _matches(candidate, exclude_modules) and not _matches(linear, exclude_modules):
-                hits.setdefault(linear, set()).add(meant)
-    if missing or not hits:
-        raise TargetError(_nothing_matched(missing or wanted, candidates))
-
-    targets: dict[str, list[str]] = {}
-    for name in linears:  # in the model's order, whatever the order of the targets
-        if name in hits:
-            parts = [part for part in fused.get(name.rpartition(".")[2], ()) if part in hits[name]]
-            if None in hits[name] and parts:
-                raise TargetError(
-                    f"target_modules names both {name} and its parts {', '.join(parts)}: name one or the other"
-                )
-            targets[name] = parts
-    return targets
-
-
-def _matches(name: str, targets: str | Sequence[str] | None) -> bool:
-    """PEFT's rule: a string is a regex for the whole name, a list holds names and suffixes."""
-    if targets is None:
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def from_pattern(pattern: Mapping[str, T] | None, name: str, default: T) -> T:
-    r"""PEFT's rule for rank_pattern and alpha_pattern: keys are regexes `(.*\.)?(KEY)$`, the first match wins."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
-def _nothing_matched(missing: Sequence[str], candidates: Mapping[str, object]) -> str:
-    own_names = {candidate.rpartition(".")[2] for candidate in candidates}
-    hint = ""
-    if own_names & set(missing):
-        hint = f" A string is a regex for the whole name: write [{missing[0]}] for layers of that name."
-    elif close := [match for target in missing for match in difflib.get_close_matches(target, own_names, n=1)]:
-        hint = f" Did you mean {', '.join(dict.fromkeys(close))}?"
-    return (
-        f"target_modules: nothing in the model is called {', '.join(map(repr, missing))}.{hint} "
-        f"The model has: {_own_names(candidates)} (or 'all-linear')"
-    )
-
-
-def _own_names(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    ranks = {part: from_pattern(rank_pattern, names[part], r) for part in parts}
+    alphas = {part: from_pattern(alpha_pattern, names[part], lora_alpha) for part in parts}
+    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        return settings | {"r": ranks[parts[0]], "lora_alpha": alphas[parts[0]]}
+    return settings | {
+        "r": [ranks.get(part, 0) for part in splits],
+        "lora_alpha": [alphas.get(part, lora_alpha) for part in splits],
+    }

@@ -1,41 +1,118 @@
-"""Which parameters train, and the state dict that holds them: loralib's two utilities.
+"""Which parameters train, and the state dict that holds them: loralib's utilities, and a loader that is strict.
 
-A LoRA parameter is one whose own name begins with `lora_`; a bias is one whose own name is `bias`.
-The path in front of it says nothing: `flora_block.weight` is neither.
+What belongs to LoRA is known from the model's structure and not from names: `flora_block.weight` is neither a LoRA
+parameter nor a bias.
 """
 
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor, nn
 
-from phinetune.lora.layers import LoRALayer
+from phinetune.lora.layer import LoRALayer
+from phinetune.lora.modules_to_save import saved_modules
 
 Bias = Literal["none", "all", "lora_only"]
 
 
+class Loaded(NamedTuple):
+    """What `load_lora_state_dict` found: keys of the model that the state lacked, and keys it had no place for."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
-    """Freezes everything but the LoRA parameters and, by `bias`, no, all, or the LoRA layers' biases.
+    """Freezes everything but the active adapters' parameters and, by `bias`, no, all, or the LoRA layers' biases.
 
     Raises:
         ValueError: for another `bias`, before anything is changed.
     """
-    trainable = dict(_selected(model, bias))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
+    trained = {id(tensor) for tensor in _lora_tensors(model, active_only=True).values()}
+    trained |= {id(model.get_parameter(name)) for name in bias_names(model, bias)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
-    """The LoRA parameters (and biases, as above), detached, under the names of `model.state_dict()`."""
-    return {name: parameter.detach() for name, parameter in _selected(model, bias)}
+    """The LoRA parameters of all adapters (and trained modules, and biases, as above), detached, under the names
+    of `model.state_dict()`.
+
+    Raises:
+        ValueError: for another `bias`.
+    """
+    biases = {name: model.get_parameter(name) for name in bias_names(model, bias)}
+    return {name: tensor.detach() for name, tensor in {**_lora_tensors(model), **biases}.items()}
 
 
-def _selected(model: nn.Module, bias: Bias) -> Iterator[tuple[str, nn.Parameter]]:
+def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> Loaded:
+    """Loads what `lora_state_dict` (or loralib's) saved, all of it or nothing.
+
+    Args:
+        model: with the same LoRA layers.
+        state_dict: LoRA parameters and perhaps biases; loralib's keys for convolutions are understood. Other keys of
+            the model, as in a whole `model.state_dict()`, are loaded too.
+        strict: missing LoRA parameters and unknown keys are an error; else they are returned.
+
+    Raises:
+        RuntimeError: listing every missing, unexpected or misshapen key; the model is unchanged.
+    """
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    renamed = {_own_key(key, own): value for key, value in state_dict.items()}
+    missing = sorted(_lora_tensors(model).keys() - renamed.keys())
+    unexpected = sorted(renamed.keys() - own.keys())
+    faults = [f"missing {key}" for key in missing] + [f"unexpected {key}" for key in unexpected] if strict else []
+    for key in renamed.keys() & own.keys():
+        if renamed[key].shape != own[key].shape:
+            faults.append(f"{key} has shape {tuple(renamed[key].shape)}, the model's is {tuple(own[key].shape)}")
+    if faults:
+        raise RuntimeError("this state doesn't fit the model's LoRA layers: " + "; ".join(sorted(faults)))
+    with torch.no_grad():
+        for key in renamed.keys() & own.keys():
+            own[key].copy_(renamed[key])
+    return Loaded(missing, unexpected)
+
+
+def bias_names(model: nn.Module, bias: Bias) -> list[str]:
+    """The biases that train under a choice of `bias`.
+
+    Raises:
+        ValueError: for another choice.
+    """
     if bias not in get_args(Bias):
         raise ValueError(f"bias={bias!r}: must be one of {', '.join(get_args(Bias))}")
+    if bias == "none":
+        return []
+    return [
+        f"{path}.bias" if path else "bias"
+        for path, module in model.named_modules()
+        if module._parameters.get("bias") is not None
+        and (bias == "all" or (isinstance(module, LoRALayer) and module.has_lora))
+    ]
+
+
+def _lora_tensors(model: nn.Module, active_only: bool = False) -> dict[str, Tensor]:
+    """Parameters of adapters, whole modules that train, and what PiSSA and OLoRA began with."""
+    return dict(_each_lora_tensor(model, active_only))
+
+
+def _each_lora_tensor(model: nn.Module, active_only: bool) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
-        has_lora = isinstance(module, LoRALayer) and module.has_lora
-        for name, parameter in module.named_parameters(recurse=False):
-            is_bias = name == "bias" and (bias == "all" or (bias == "lora_only" and has_lora))
-            if name.startswith("lora_") or is_bias:
-                yield (f"{path}.{name}" if path else name), parameter
+        if isinstance(module, LoRALayer):
+            for adapter_name in module.active_adapters if active_only else module.adapters:
+                for name, tensor in module.lora_tensors(adapter_name).items():
+                    yield (f"{path}.{name}" if path else name), tensor
+    for path, wrapper in saved_modules(model):
+        for adapter_name, trained in wrapper.modules_to_save.items():
+            if not active_only or adapter_name in wrapper.active_adapters:
+                for name, tensor in trained.state_dict(keep_vars=True).items():
+                    yield f"{path}.modules_to_save.{adapter_name}.{name}", tensor
+
+
+def _own_key(key: str, own: Mapping[str, Tensor]) -> str:
+    """loralib wraps its convolutions: `layer.conv.bias` is our `layer.bias`."""
+    path, _, name = key.rpartition(".")
+    if key not in own and (path == "conv" or path.endswith(".conv")):
+        return f"{path.removesuffix('conv')}{name}"
+    return key

@@ -27,11 +27,16 @@ def adapt_model(model: Any, config: PeftConfig, seed: int) -> list[str]:
             use_rslora=config.use_rslora,
             rank_pattern=config.rank_pattern,
             alpha_pattern=config.alpha_pattern,
+            use_dora=config.use_dora,
+            init_lora_weights=config.init_lora_weights,
             exclude_modules=config.exclude_modules,
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+            modules_to_save=config.modules_to_save,
+            bias=config.bias,
             fused=fused_parts(model.config),
             dtype=torch.float32,
         )
-    except lora.TargetError as error:
-        raise RecipeError("peft_config", str(error), "correct target_modules") from None
-    lora.mark_only_lora_as_trainable(model)
+    except ValueError as error:
+        raise RecipeError("peft_config", str(error), "correct peft_config") from None
     return names

@@ -180,8 +180,7 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
 # something else than was asked for.
 REFUSED: dict[str, dict[str, str]] = {
     "peft_config": dict.fromkeys(
-        ["use_dora", "init_lora_weights", "modules_to_save", "layers_to_transform", "layers_pattern", "lora_bias"]
-        + ["layer_replication", "trainable_token_indices", "target_parameters", "loftq_config", "eva_config"]
+        ["lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "loftq_config", "eva_config"]
         + ["corda_config", "use_qalora", "qalora_group_size", "alora_invocation_tokens", "arrow_config"]
         + ["lora_ga_config", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"],
         "is not supported yet",
@@ -193,7 +192,7 @@ REFUSED: dict[str, dict[str, str]] = {
     ),
 }
 # Values of refused names that ask for what happens anyway.
-HARMLESS = {"use_dora": False, "init_lora_weights": True, "lora_bias": False, "use_qalora": False, "use_bdlora": False}
+HARMLESS = {"lora_bias": False, "use_qalora": False, "use_bdlora": False}
 _NOTHING_ASKED: tuple[Any, ...] = (None, False, [], {}, "")
 
 

@@ -178,8 +178,22 @@ class PeftConfig(Section):
     """r by layer name."""
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """lora_alpha by layer name."""
-    bias: Literal["none"] = "none"
+    use_dora: bool = False
+    """Learns the norm of each output's weights apart from their direction."""
+    init_lora_weights: bool | Annotated[str, Field(pattern=r"^(gaussian|pissa|pissa_niter_\d+|olora)$")] = True
+    """true, gaussian, pissa, pissa_niter_N, olora; false draws B at random too."""
+    layers_to_transform: int | list[int] | None = None
+    """Only layers of these numbers."""
+    layers_pattern: str | list[str] | None = None
+    """The name in front of a layer's number."""
+    modules_to_save: list[str] | None = None
+    """Modules of which a whole copy trains: lm_head, embed_tokens."""
+    bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases train."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
+    """LoRA+: B's learning rate over A's."""
+    loraplus_lr_embedding: Annotated[float, Field(gt=0)] = 1e-6
+    """LoRA+: the learning rate of adapted embeddings."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """The task."""
 

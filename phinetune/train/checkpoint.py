@@ -6,6 +6,7 @@ new one.  Nothing in it is a pickle.
 
     checkpoint-20/
       adapter_config.json, adapter_model.safetensors    the adapter, readable by PEFT
+      parameters.safetensors                            what trains, bit for bit, by parameter name
       optimizer.safetensors                             AdamW's moments, by parameter name
       state.json                                        step, counters, recipe and data of the run
       manifest.json                                     sha256 of the above
@@ -26,14 +27,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from phinetune.adapter import CONFIG_FILE, TENSOR_FILE, load_adapter_tensors, read_adapter, save_adapter
+from phinetune import lora
+from phinetune.adapter import CONFIG_FILE, TENSOR_FILE, save_adapter
 from phinetune.errors import CheckpointError
-from phinetune.recipe import PeftConfig
 from phinetune.train.optimiser import trainable_parameters
 
 log = logging.getLogger(__name__)
 
-OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
+PARAMETERS, OPTIMIZER = "parameters.safetensors", "optimizer.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
 MINIMUM_KEPT = 2  # so that a damaged newest one has a whole one behind it
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -44,7 +46,6 @@ class Base:
 
     model: str
     revision: str | None
-    peft_config: PeftConfig
 
 
 def save_checkpoint(
@@ -62,7 +63,8 @@ def save_checkpoint(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        save_adapter(model, work, base.peft_config, base.model, base.revision)
+        save_adapter(model, work, base.model, base.revision)
+        save_file(_parameters(model), work / PARAMETERS)
         save_file(_moments(model, optimizer), work / OPTIMIZER)
         (work / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
         digests = {path.name: _sha256(path) for path in sorted(work.iterdir())}
@@ -114,7 +116,7 @@ def find_fault(checkpoint: Path) -> str | None:
                 return f"its manifest names {name!r}"
             if _sha256(checkpoint / name) != digests[name]:
                 return f"{name} has changed"
-        missing = {CONFIG_FILE, TENSOR_FILE, OPTIMIZER, STATE} - digests.keys()
+        missing = {CONFIG_FILE, TENSOR_FILE, PARAMETERS, OPTIMIZER, STATE} - digests.keys()
         return f"its manifest lacks {', '.join(sorted(missing))}" if missing else None
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -136,16 +138,29 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the adapter and AdamW's moments back, bit for bit."""
-    _, tensors = read_adapter(checkpoint)
-    load_adapter_tensors(model, tensors, str(checkpoint))
+    """Puts what trains and AdamW's moments back, bit for bit.
+
+    The adapter's own files are for others: what they round or fold isn't read back here.
+    """
+    try:
+        lora.load_lora_state_dict(model, load_file(checkpoint / PARAMETERS))
+    except RuntimeError as error:
+        raise CheckpointError(str(checkpoint), str(error), "resume with its own recipe and model") from None
     moments = load_file(checkpoint / OPTIMIZER)
+    names = {parameter: name for name, parameter in trainable_parameters(model).items()}
+    in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {key.rpartition(".")[2]: value for key, value in moments.items() if key.rpartition(".")[0] == name}
-        for index, name in enumerate(trainable_parameters(model))
+        for index, name in enumerate(in_order)
     }
     # torch's own loader knows what belongs on which device.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What trains, and what PiSSA and OLoRA began with."""
+    tensors = {**lora.lora_state_dict(model), **trainable_parameters(model)}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

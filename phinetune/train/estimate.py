@@ -30,7 +30,8 @@ def expected_seconds(model: Any, examples: Sequence[Example], tokens: int) -> fl
 
 def product_rate(model: Any) -> float:
     """FLOP a second of this machine at one of the model's own products (some 0.2 s)."""
-    _, layer = max(lora.lora_layers(model), key=lambda item: item[1].weight.numel())
+    layers = [layer for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear)]
+    layer = max(layers or [model.get_output_embeddings()], key=lambda layer: layer.weight.numel())
     x = torch.ones(512, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
     seconds = []
     with torch.no_grad():
@@ -40,7 +41,7 @@ def product_rate(model: Any) -> float:
             if x.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
-    return 2 * x.shape[0] * layer.weight.numel() / min(seconds)
+    return float(2 * x.shape[0] * layer.weight.numel() / min(seconds))
 
 
 def expected_gb(model: Any, batch_tokens: int) -> float:

@@ -116,11 +116,11 @@ def train(
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
 
-        base = Base(recipe.model, revision_of(recipe.model, recipe.model_kwargs), recipe.peft_config)
+        base = Base(recipe.model, revision_of(recipe.model, recipe.model_kwargs))
         loop = Loop(
             recipe=recipe,
             model=model,
-            optimizer=make_optimizer(model, config),
+            optimizer=make_optimizer(model, config, recipe.peft_config),
             learning_rate_at=learning_rate_at,
             steps=steps,
             train=data.train,
@@ -137,7 +137,7 @@ def train(
             _announce(loop, data)
             loop.run()
 
-            save_adapter(model, folder, recipe.peft_config, base.model, base.revision)
+            save_adapter(model, folder, base.model, base.revision)
             comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
             if comparison is not None:
                 loop.write_last_evaluation(comparison.tuned)

@@ -57,7 +57,7 @@ def training_step(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm

@@ -8,23 +8,46 @@ import torch
 from torch import nn
 
 from phinetune.errors import RecipeError
-from phinetune.recipe import TrainingConfig
+from phinetune.recipe import PeftConfig, TrainingConfig
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: TrainingConfig, peft_config: PeftConfig) -> torch.optim.AdamW:
     """Loshchilov & Hutter, "Decoupled Weight Decay Regularization"; torch's own."""
     return torch.optim.AdamW(
-        list(trainable_parameters(model).values()),
+        parameter_groups(model, config, peft_config),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
         fused=config.optim == "adamw_torch_fused",
     )
+
+
+def parameter_groups(model: nn.Module, config: TrainingConfig, peft_config: PeftConfig) -> list[dict[str, Any]]:
+    """What trains, by `lr_factor` (of the scheduled learning rate) and weight decay, which biases don't have.
+
+    LoRA+ (Hayou et al., 2024): B, DoRA's magnitudes and biases learn `loraplus_lr_ratio` times as fast as A, and
+    embeddings' matrices at `loraplus_lr_embedding`.
+    """
+    ratio = peft_config.loraplus_lr_ratio
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable_parameters(model).items():
+        owner, _, own = name.rpartition(".")
+        if ratio is None:
+            lr_factor = 1.0
+        elif own.startswith("lora_") and isinstance(model.get_submodule(owner), nn.Embedding):
+            lr_factor = peft_config.loraplus_lr_embedding / config.learning_rate
+        else:
+            lr_factor = ratio if own.startswith("lora_B") or parameter.ndim == 1 else 1.0
+        weight_decay = 0.0 if own == "bias" else config.weight_decay
+        groups.setdefault((lr_factor, weight_decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr_factor": lr_factor, "weight_decay": weight_decay}
+        for (lr_factor, weight_decay), parameters in groups.items()
+    ]
 
 
 def learning_rates(config: TrainingConfig, total_steps: int) -> Callable[[int], float]:

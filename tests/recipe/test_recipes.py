@@ -70,7 +70,7 @@ def test_a_name_without_counterpart_is_said_aloud():
             "unknown name training_config.learning_rat .did you mean learning_rate",
         ),
         ({"peft_config": {"lora_alfa": 1}}, "did you mean lora_alpha"),
-        ({"peft_config": {"use_dora": True}}, "use_dora=True is not supported yet"),
+        ({"peft_config": {"lora_bias": True}}, "lora_bias=True is not supported yet"),
         ({"learning_rate": 1}, "learning_rate belongs in training_config"),
         ({"training_config": {"learning_rate": -1}}, "training_config.learning_rate=-1"),
         (

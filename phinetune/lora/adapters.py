@@ -1,0 +1,188 @@
+"""The adapters of a model: which there are, which are on, and folding them into the weights and out again."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from phinetune.lora.layer import LoRALayer
+from phinetune.lora.modules_to_save import ModulesToSaveWrapper, saved_modules
+from phinetune.lora.targets import TargetError
+
+Adapters = str | Sequence[str] | Mapping[str, float]
+
+BASE_BIAS = "lora_base_bias"
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """Name and layer of everything in the model that has LoRA parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) and module.has_lora:
+            yield name, module
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Every adapter of the model, in the order they were added."""
+    names = [name for _, layer in lora_layers(model) for name in layer.adapters]
+    names += [name for _, wrapper in saved_modules(model) for name in wrapper.modules_to_save]
+    return list(dict.fromkeys(names))
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """Name -> weight of the adapters that are on."""
+    active: dict[str, float] = {}
+    for holder in _holders(model):
+        active.update(holder.active_adapters)
+    return active
+
+
+def set_adapter(model: nn.Module, adapters: Adapters) -> None:
+    """Chooses the adapters that the model answers with, and that train: "a", ["a", "b"] or {"a": 0.7, "b": 0.3}.
+
+    Several are added up: y = x Wᵀ + Σ weight · s · x Aᵀ Bᵀ.
+
+    Raises:
+        TargetError: if the model has no adapter of a name; nothing is changed.
+    """
+    weights = _weights(adapters)
+    if unknown := weights.keys() - set(adapter_names(model)):
+        raise TargetError(f"no adapter is called {', '.join(map(repr, unknown))}: there are {adapter_names(model)}")
+    for holder in _holders(model):
+        if isinstance(holder, ModulesToSaveWrapper):
+            holder.active_adapters = {n: w for n, w in weights.items() if n in holder.modules_to_save}
+            for name, module in holder.modules_to_save.items():
+                module.requires_grad_(name in weights)
+        else:
+            holder.active_adapters = {n: w for n, w in weights.items() if n in holder.adapters}
+            for name in holder.adapters:
+                for own in holder.lora_tensors(name):
+                    if own in holder._parameters:
+                        holder.get_parameter(own).requires_grad_(name in weights)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Drops an adapter; the layers stay, plain where they have no other.
+
+    Raises:
+        TargetError: if there is none of that name.
+    """
+    if adapter_name not in adapter_names(model):
+        raise TargetError(f"no adapter is called {adapter_name!r}: there are {adapter_names(model)}")
+    for holder in list(_holders(model)):
+        if isinstance(holder, ModulesToSaveWrapper):
+            if adapter_name in holder.modules_to_save:
+                del holder.modules_to_save[adapter_name]
+            holder.active_adapters = {n: w for n, w in holder.active_adapters.items() if n != adapter_name}
+        elif adapter_name in holder.adapters:
+            holder.delete_adapter(adapter_name)
+
+
+@contextmanager
+def enabled(model: nn.Module, adapters: Adapters | None = None) -> Iterator[None]:
+    """The model with its adapters (or with these, and their weights) on, for the length of a `with` block."""
+    before = [(holder, holder.active_adapters) for holder in _holders(model)]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if adapters is not None:
+            set_adapter(model, adapters)
+        with _switched(model, on=True):
+            yield
+    finally:
+        for holder, active in before:
+            holder.active_adapters = active  # type: ignore[assignment]
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters, trained modules and biases: the base, for the length of a `with` block."""
+    with _switched(model, on=False):
+        yield
+
+
+@contextmanager
+def _switched(model: nn.Module, on: bool) -> Iterator[None]:
+    before = [(holder, holder.lora_enabled) for holder in _holders(model)]
+    for holder, _ in before:
+        holder.lora_enabled = on
+    kept = [module for module in model.modules() if BASE_BIAS in module._buffers] if not on else []
+    tuned = [module.get_parameter("bias").data for module in kept]
+    for module in kept:
+        module.get_parameter("bias").data = module.get_buffer(BASE_BIAS)
+    try:
+        yield
+    finally:
+        for holder, was_on in before:
+            holder.lora_enabled = was_on
+        for module, bias in zip(kept, tuned, strict=True):
+            module.get_parameter("bias").data = bias
+
+
+def fuse(model: nn.Module) -> None:
+    """Folds every active ΔW into a merged weight, so that inference costs one product a layer.
+
+    Costs a second copy of the adapted weights; the base stays as it is, and training goes on from
+    `unfuse(model)` (or `model.train()`) as if nothing had been.
+    """
+    for _, layer in lora_layers(model):
+        layer.merge()
+
+
+def unfuse(model: nn.Module) -> None:
+    """Drops the merged weights: the exact reverse of `fuse`."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """The model with its adapters folded in, for the length of a `with` block."""
+    fuse(model)
+    try:
+        yield
+    finally:
+        unfuse(model)
+
+
+def unload(model: nn.Module) -> None:
+    """Replaces every LoRA layer by a plain one that holds W + ΔW: the reverse of `adapt`, tuned."""
+    for name, layer in list(lora_layers(model)):
+        replace_module(model, name, layer.to_base())
+    for name, wrapper in list(saved_modules(model)):
+        replace_module(model, name, wrapper.active_module)
+    for module in model.modules():
+        module._buffers.pop(BASE_BIAS, None)
+
+
+def keep_base_biases(model: nn.Module, biases: Sequence[str]) -> None:
+    """Remembers biases as they are before they train, so that `disabled` is the base. Not part of a state dict."""
+    for name in biases:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if BASE_BIAS not in owner._buffers:
+            owner.register_buffer(BASE_BIAS, owner.get_parameter("bias").detach().clone(), persistent=False)
+
+
+def kept_biases(model: nn.Module) -> list[str]:
+    """The biases that train."""
+    owners = [path for path, module in model.named_modules() if BASE_BIAS in module._buffers]
+    return [f"{path}.bias" if path else "bias" for path in owners]
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `name` points to."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _holders(model: nn.Module) -> Iterator[LoRALayer | ModulesToSaveWrapper]:
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) or (isinstance(module, LoRALayer) and module.has_lora):
+            yield module
+
+
+def _weights(adapters: Adapters) -> dict[str, float]:
+    """{"a": 1.0} of "a", ["a"] or {"a": 1.0}."""
+    if isinstance(adapters, Mapping):
+        return {name: float(weight) for name, weight in adapters.items()}
+    return dict.fromkeys([adapters] if isinstance(adapters, str) else adapters, 1.0)
