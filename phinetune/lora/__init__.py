@@ -30,7 +30,12 @@ from phinetune.lora.embedding import Embedding
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.linear import Linear, MergedLinear
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper
-from phinetune.lora.state import load_lora_state_dict, lora_state_dict, mark_only_lora_as_trainable
+from phinetune.lora.state import (
+    enable_input_require_grads,
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+)
 from phinetune.lora.targets import TargetError
 
 __all__ = [
@@ -49,6 +54,7 @@ __all__ = [
     "add_weighted_adapter",
     "delete_adapter",
     "disabled",
+    "enable_input_require_grads",
     "enabled",
     "fuse",
     "fused",

@@ -5,10 +5,11 @@ parameter nor a bias.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import saved_modules
@@ -72,6 +73,20 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, 
         for key in renamed.keys() & own.keys():
             own[key].copy_(renamed[key])
     return Loaded(missing, unexpected)
+
+
+def enable_input_require_grads(model: nn.Module) -> list[RemovableHandle]:
+    """Lets re-entrant checkpoints pass gradients on where the embeddings are frozen; returns what undoes it.
+
+    Such a checkpoint gives its parameters no gradient unless an input asks for one (torch says so in a warning).
+    The name is transformers'. Non-re-entrant checkpoints need nothing.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [module.register_forward_hook(_require_grad) for module in embeddings]
+
+
+def _require_grad(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_()
 
 
 def bias_names(model: nn.Module, bias: Bias) -> list[str]:
