@@ -16,6 +16,7 @@ from phinetune.adapter.peft_format import (
     MATRICES,
     PREFIX,
     by_layer,
+    grouped_A,
     read_adapter,
     scaling_from,
 )
@@ -80,12 +81,18 @@ def _misfits(name: str, module: nn.Module, own: Mapping[str, Tensor]) -> list[st
     elif weight.ndim == 2:  # transformers' Conv1D
         expected = ((r, weight.shape[0]), (weight.shape[1], r))
     else:
-        expected = ((r, *weight.shape[1:]), (weight.shape[0], r // groups, *[1] * (weight.ndim - 2)))  # type: ignore[assignment]
+        channels, pointwise = weight.shape[1] * groups, [1] * (weight.ndim - 2)
+        expected = ((r, channels, *weight.shape[2:]), (weight.shape[0], r // groups, *pointwise))  # type: ignore[assignment]
     if (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
         return [f"{name} has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}, the model needs {expected}"]
-    if groups > 1 and (lora_A.view(groups, -1) != lora_A.view(groups, -1)[0]).any():
-        return [f"{name} has an A of its own for each of {groups} groups, which is not supported"]
+    if groups > 1 and not torch.equal(lora_A, grouped_A(_first_group(lora_A, groups), groups)):
+        return [f"{name} mixes the channels of its {groups} groups, which no grouped convolution does"]
     return []
+
+
+def _first_group(lora_A: Tensor, groups: int) -> Tensor:
+    """A (r, in/groups, …) of a convolution's first group; anything else as it is."""
+    return lora_A if groups == 1 else lora_A[: lora_A.shape[0] // groups, : lora_A.shape[1] // groups]
 
 
 def _misplaced(model: nn.Module, others: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
@@ -134,7 +141,7 @@ def _fill_layer(
             with torch.no_grad():
                 weight.copy_(own[BASE_WEIGHT])
     layer = add_to_layer(model, name, adapter_name, settings, torch.float32)
-    layer.load_product(adapter_name, own[suffix_A][:r] if groups > 1 else own[suffix_A], own[suffix_B])
+    layer.load_product(adapter_name, _first_group(own[suffix_A], groups), own[suffix_B])
     if MAGNITUDE in own:
         with torch.no_grad():
             layer.lora_tensor("lora_magnitude_vector", adapter_name).copy_(own[MAGNITUDE].flatten())

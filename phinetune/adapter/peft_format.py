@@ -10,6 +10,8 @@ layer of rank R = g·r whose B is zero off the diagonal:
 with lora_alpha·g, so that the scaling stays; layers whose rank or scaling differ from the rest go into
 `rank_pattern` and `alpha_pattern`.  A B with such zeros is read back as a `MergedLinear`.
 
+A convolution of g groups has R = r·g, and an A that is zero outside each group's own channels.
+
 PiSSA and OLoRA learn W + s·(BA − B₀A₀) and are written as a plain adapter of rank 2r, [A; A₀] and [B, −B₀], that
 belongs to the base as it was.
 """
@@ -96,6 +98,18 @@ def by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
         else:
             layers[name.removesuffix(suffix)][suffix] = tensor
     return dict(layers), others
+
+
+def grouped_A(lora_A: Tensor, groups: int) -> Tensor:
+    """A (r·groups, in, …) of a grouped convolution as PEFT needs it, from ours, (r, in/groups, …).
+
+    PEFT's A sees all channels, so each group has a copy of ours on its own channels and zeros on the others'.
+    """
+    r, width = lora_A.shape[:2]
+    expanded = lora_A.new_zeros(groups, r, groups, *lora_A.shape[1:])
+    for group in range(groups):
+        expanded[group, :, group] = lora_A
+    return expanded.reshape(groups * r, groups * width, *lora_A.shape[2:])
 
 
 def scaling_from(config: Mapping[str, Any], name: str, rank: int) -> float:

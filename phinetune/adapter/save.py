@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from phinetune import lora
-from phinetune.adapter.peft_format import BASE_BIAS, MAGNITUDE, MATRICES, PREFIX, plain_number, write_adapter
+from phinetune.adapter.peft_format import BASE_BIAS, MAGNITUDE, MATRICES, PREFIX, grouped_A, plain_number, write_adapter
 from phinetune.errors import AdapterError
 from phinetune.lora.adapters import kept_biases
 from phinetune.lora.layer import DEFAULT, LoRALayer
@@ -42,8 +42,8 @@ def adapter_tensors(model: nn.Module, adapter_name: str = DEFAULT) -> dict[str, 
         product = layer.product(adapter_name)
         lora_A, lora_B = product.lora_A, product.lora_B
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            repeated = lora_A.view(-1, *layer.weight.shape[1:]).repeat(layer.groups, *[1] * (layer.weight.ndim - 1))
-            lora_A, lora_B = repeated, lora_B.view(*lora_B.shape, *[1] * len(layer.kernel_size))
+            lora_A = grouped_A(lora_A.view(-1, *layer.weight.shape[1:]), layer.groups)
+            lora_B = lora_B.view(*lora_B.shape, *[1] * len(layer.kernel_size))
         suffix_A, suffix_B = MATRICES[isinstance(layer, nn.Embedding)]
         tensors[name + suffix_A], tensors[name + suffix_B] = lora_A, lora_B
         if layer.adapters[adapter_name].use_dora:
@@ -76,7 +76,7 @@ def adapter_config(
     saved = [name for name, wrapper in saved_modules(model) if adapter_name in wrapper.modules_to_save]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
