@@ -22,7 +22,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Every adapter of the model, in the order they were added."""
+    """Every adapter of the model."""
     names = [name for _, layer in lora_layers(model) for name in layer.adapters]
     names += [name for _, wrapper in saved_modules(model) for name in wrapper.modules_to_save]
     return list(dict.fromkeys(names))

@@ -87,6 +87,13 @@ class Embedding(LoRALayer, nn.Embedding):
         update: Tensor = (thin @ lora_B.T) * self.adapters[adapter_name].scaling
         return update
 
+    def to_base(self) -> nn.Module:
+        """Its rows are bounded already where there is a `max_norm`: bounding W + ΔW would be another function."""
+        plain = super().to_base()
+        if self.active_adapters:
+            plain.max_norm = None
+        return plain
+
     def _weight_to_merge(self) -> Tensor:
         return self.weight if self.max_norm is None else _bounded(self.weight, self.max_norm, self.norm_type)
 

@@ -159,6 +159,8 @@ class LoRALayer(nn.Module):
     def scaling(self, value: float) -> None:
         self._first.scaling = value
         self._first.blocks = tuple(block._replace(scaling=value) for block in self._first.blocks)
+        if self.merged:
+            self.merge()
 
     @property
     def _first(self) -> Adapter:
@@ -196,6 +198,8 @@ class LoRALayer(nn.Module):
             for kind, shape in (("lora_A0", shape_A), ("lora_B0", shape_B)):
                 self.register_buffer(tensor_name(kind, adapter_name), torch.empty(shape, **like))
         self.weight.requires_grad_(False)
+        if not self.has_lora:
+            self.register_forward_pre_hook(_be_called)
         self.adapters = {**self.adapters, adapter_name: adapter}
         if len(self.adapters) == 1:
             self.active_adapters = {adapter_name: 1.0}
@@ -342,10 +346,8 @@ class LoRALayer(nn.Module):
 
     def _merge_key(self) -> Any:
         """Changes whenever something that the merged weight was made of does."""
-        active = self.active_adapters
-        tensors = [self.weight, *(t for name in active for t in self.lora_tensors(name).values())]
-        versions = [(id(t), _version(t)) for t in tensors]
-        return versions, dict(active), [self.adapters[name].scaling for name in active]
+        parameters = [(id(p), _version(p)) for p in self._parameters.values() if p is not None]
+        return parameters, self.active_adapters
 
     def _versions(self, adapter_name: str) -> list[int]:
         return [_version(tensor) for tensor in self.lora_tensors(adapter_name).values()]
@@ -375,8 +377,9 @@ class LoRALayer(nn.Module):
         """DoRA's magnitudes, PiSSA and OLoRA begin at the base: a base that comes later begins them anew."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, adapter in self.adapters.items() if f"{prefix}weight" in state_dict else ():
-            untouched = self._versions(name) == adapter.begun_at
-            if (adapter.use_dora or adapter.moves_the_base) and untouched:
+            comes_along = any(prefix + own in state_dict for own in self.lora_tensors(name))
+            came_before = self._versions(name) != adapter.begun_at
+            if (adapter.use_dora or adapter.moves_the_base) and not (comes_along or came_before):
                 self.reset_lora_parameters(name)
 
     @classmethod
@@ -416,13 +419,16 @@ class LoRALayer(nn.Module):
             if name.startswith("lora_") or name in _OWN_ATTRIBUTES:
                 for holder in (plain.__dict__, plain._parameters, plain._buffers):
                     holder.pop(name, None)
-        if self.active_adapters:
-            weight = self._to_storage(self.merge_weight()).contiguous()
-            plain.weight = nn.Parameter(weight, requires_grad=False)
+        for key, hook in list(plain._forward_pre_hooks.items()):
+            if hook is _be_called:
+                del plain._forward_pre_hooks[key]
+        weight = self._to_storage(self.merge_weight() if self.active_adapters else self._base_weight)
+        if weight is not self.weight:
+            plain.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         return plain
 
     def _to_storage(self, weight: Tensor) -> Tensor:
-        """From the layout of `_base_weight` to that of `weight`."""
+        """From the layout of `_base_weight` to that of the plain layer."""
         return weight
 
 
@@ -436,6 +442,11 @@ _OWN_ATTRIBUTES = (
 def tensor_name(kind: str, adapter_name: str) -> str:
     """Of a parameter in its layer; loralib's own name for the default adapter."""
     return kind if adapter_name == DEFAULT else f"{kind}_{adapter_name}"
+
+
+def _be_called(module: nn.Module, args: Any) -> None:
+    """Does nothing: where a hook is, torch's fused TransformerEncoderLayer calls its layers, and doesn't read past
+    them."""
 
 
 def _version(tensor: Tensor) -> int:

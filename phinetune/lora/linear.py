@@ -152,7 +152,7 @@ class Linear(LoRALayer, nn.Linear):
         return self.weight.T if self.fan_in_fan_out else self.weight
 
     def _to_storage(self, weight: Tensor) -> Tensor:
-        return weight.T if self.fan_in_fan_out else weight
+        return weight if issubclass(self._plain_type, nn.Linear) else weight.T
 
     def _base(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)

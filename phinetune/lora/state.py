@@ -99,10 +99,12 @@ def bias_names(model: nn.Module, bias: Bias) -> list[str]:
         raise ValueError(f"bias={bias!r}: must be one of {', '.join(get_args(Bias))}")
     if bias == "none":
         return []
+    wrapped = tuple(f"{path}." for path, _ in saved_modules(model))  # they train whole, or not at all
     return [
         f"{path}.bias" if path else "bias"
         for path, module in model.named_modules()
         if module._parameters.get("bias") is not None
+        and not path.startswith(wrapped)
         and (bias == "all" or (isinstance(module, LoRALayer) and module.has_lora))
     ]
 
