@@ -12,6 +12,7 @@ from phinetune import lora
 from phinetune.adapter.peft_format import (
     BASE_BIAS,
     BASE_WEIGHT,
+    BEGIN_AT_PRODUCT,
     MAGNITUDE,
     MATRICES,
     PREFIX,
@@ -21,11 +22,12 @@ from phinetune.adapter.peft_format import (
     scaling_from,
 )
 from phinetune.errors import AdapterError
-from phinetune.lora.adapt import add_to_layer, save_whole
-from phinetune.lora.adapters import keep_base_biases
-from phinetune.lora.layer import DEFAULT
+from phinetune.lora.adapt import add_to_layers, save_whole
+from phinetune.lora.biases import keep_base_biases, trained_biases
+from phinetune.lora.layer import DEFAULT, LoRALayer
 from phinetune.lora.modules_to_save import saved_modules
-from phinetune.lora.targets import FusedParts, lora_class, matches
+from phinetune.lora.switch import replace_module
+from phinetune.lora.targets import FusedParts, is_transposed, lora_class, whole_modules
 
 
 def load_adapter(
@@ -42,47 +44,96 @@ def load_adapter(
     layers, others = by_layer(tensors)
     modules = {name: module for name, module in model.named_modules() if lora_class(module) is not None}
     faults = [f"{name} is adapted, which the model has not" for name in layers if name not in modules]
-    faults += [fault for name in layers if name in modules for fault in _misfits(name, modules[name], layers[name])]
+    faults += [f for name in layers if name in modules for f in _misfits(name, modules[name], layers[name], config)]
     faults += _misplaced(model, others, config)
+    before = lora.active_adapters(model)
     if adapter_name in lora.adapter_names(model):
         faults.append(f"the model has an adapter {adapter_name!r} already")
+    if before and (trained_biases(model) or config.get("bias") not in (None, "none")):
+        faults.append("biases train with one adapter alone, and the model has another")
     if not layers:
         faults.append("it holds no LoRA tensor")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise AdapterError(str(folder), "; ".join(faults[:3]) + more, "use the base model it was made for")
 
-    before = lora.active_adapters(model)
+    settings = {name: _settings(name, modules[name], own, config, fused or {}) for name, own in layers.items()}
+    try:
+        made = add_to_layers(model, adapter_name, settings, torch.float32)
+    except lora.TargetError as error:
+        raise AdapterError(str(folder), str(error), "use the base model it was made for") from None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, own in layers.items():
-        _fill_layer(model, name, own, config, fused or {}, adapter_name)
+    for name, layer in made.items():
+        if layer is not modules[name]:
+            replace_module(model, name, layer)
+        _fill(layer, adapter_name, layers[name])
     _fill_others(model, layers, others, config.get("modules_to_save") or (), adapter_name)
     lora.set_adapter(model, before or adapter_name)
     return config
 
 
-def _misfits(name: str, module: nn.Module, own: Mapping[str, Tensor]) -> list[str]:
+def _settings(
+    name: str, module: nn.Module, own: Mapping[str, Tensor], config: Mapping[str, Any], fused: FusedParts
+) -> dict[str, Any]:
+    """What the layer's adapter is made with: r, lora_alpha, …"""
+    suffix_A, suffix_B = MATRICES[isinstance(module, nn.Embedding)]
+    rank = own[suffix_A].shape[0]
+    scaling, r = scaling_from(config, name, rank), rank // getattr(module, "groups", 1)
+    settings: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": scaling * r,
+        "lora_dropout": config.get("lora_dropout") or 0.0,
+        "use_dora": bool(config.get("use_dora")),
+    }
+    init = config.get("init_lora_weights")
+    if init in BEGIN_AT_PRODUCT and lora_class(module) is lora.Linear:
+        settings["init_lora_weights"] = init
+    splits = list(fused.get(name.rpartition(".")[2], {}).values())
+    if splits and not settings["use_dora"] and (ranks := _ranks_of_parts(own[suffix_B], splits)):
+        settings["enable_lora"], settings["out_splits"] = [part > 0 for part in ranks], splits
+        if len(set(ranks) - {0}) == 1:
+            settings["r"], settings["lora_alpha"] = max(ranks), scaling * max(ranks)
+        else:
+            settings["r"], settings["lora_alpha"] = ranks, [scaling * part for part in ranks]
+    return settings
+
+
+@torch.no_grad()
+def _fill(layer: LoRALayer, adapter_name: str, own: Mapping[str, Tensor]) -> None:
+    suffix_A, suffix_B = MATRICES[isinstance(layer, nn.Embedding)]
+    layer.load_product(adapter_name, _first_group(own[suffix_A], getattr(layer, "groups", 1)), own[suffix_B])
+    if MAGNITUDE in own:
+        layer.lora_tensor("lora_magnitude_vector", adapter_name).copy_(own[MAGNITUDE].flatten())
+
+
+def _misfits(name: str, module: nn.Module, own: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
     """What is missing, or of a shape that the layer can't take."""
     weight = module.get_parameter("weight")
     suffix_A, suffix_B = MATRICES[isinstance(module, nn.Embedding)]
     if missing := [suffix for suffix in (suffix_A, suffix_B) if suffix not in own]:
         return [f"missing {PREFIX}{name}{suffix}" for suffix in missing]
-    if BASE_BIAS in own and module._parameters.get("bias") is None:
-        return [f"{name} has a bias, which the model's layer has not"]
+    outputs = weight.shape[1 if isinstance(module, nn.Embedding) or is_transposed(module) else 0]
+    bias, table = own.get(BASE_BIAS), own.get(BASE_WEIGHT)
+    if bias is not None and (module._parameters.get("bias") is None or len(bias) != outputs):
+        return [f"{name} has a bias of {len(bias)}, which the model's layer has not"]
+    if table is not None and (table.shape != weight.shape or not torch.equal(table, weight.to(table.dtype))):
+        return [f"{name} brings a table of its own, which isn't the model's"]
+    if bool(config.get("use_dora")) != (MAGNITUDE in own):
+        return [f"{name} has {'a' if MAGNITUDE in own else 'no'} lora_magnitude_vector against use_dora"]
+    if MAGNITUDE in own and own[MAGNITUDE].numel() != outputs:
+        return [f"{name} has {own[MAGNITUDE].numel()} magnitudes, the model's layer {outputs} outputs"]
     lora_A, lora_B = own[suffix_A], own[suffix_B]
     r, groups = lora_A.shape[0], getattr(module, "groups", 1)
     if isinstance(module, nn.Embedding):
         expected = ((r, weight.shape[0]), (weight.shape[1], r))
-    elif isinstance(module, nn.Linear):
-        transposed = getattr(module, "fan_in_fan_out", False)
-        rows, columns = reversed(weight.shape) if transposed else weight.shape
-        expected = ((r, columns), (rows, r))
-    elif weight.ndim == 2:  # transformers' Conv1D
-        expected = ((r, weight.shape[0]), (weight.shape[1], r))
+    elif lora_class(module) is lora.Linear:
+        expected = ((r, weight.numel() // outputs), (outputs, r))
     else:
         channels, pointwise = weight.shape[1] * groups, [1] * (weight.ndim - 2)
         expected = ((r, channels, *weight.shape[2:]), (weight.shape[0], r // groups, *pointwise))  # type: ignore[assignment]
+        if set(module.dilation) != {1} or module.padding_mode != "zeros":  # type: ignore[arg-type]
+            return [f"{name} is dilated or padded in a way that PEFT leaves out"]
     if (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
         return [f"{name} has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}, the model needs {expected}"]
     if groups > 1 and not torch.equal(lora_A, grouped_A(_first_group(lora_A, groups), groups)):
@@ -96,55 +147,22 @@ def _first_group(lora_A: Tensor, groups: int) -> Tensor:
 
 
 def _misplaced(model: nn.Module, others: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    saved = config.get("modules_to_save") or ()
-    faults = []
+    own = {
+        name.replace(".original_module", ""): tensor
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+        if ".modules_to_save." not in name
+    }
+    saved = whole_modules(model, config.get("modules_to_save") or ())
+    owners = {owner for name in others if (owner := _owner(name, saved))}
+    needed = {name for name in own if _owner(name, saved)}
+    faults = [f"missing {PREFIX}{name}" for name in sorted(needed - others.keys())] if owners or saved else []
     for name, tensor in others.items():
-        if name not in own or not (name.endswith("bias") or _saved_owner(name, saved)):
+        if name not in own or not (name.endswith("bias") or _owner(name, saved)):
             faults.append(f"unexpected {PREFIX}{name}")
         elif own[name].shape != tensor.shape:
             faults.append(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
     return faults
-
-
-def _fill_layer(
-    model: nn.Module,
-    name: str,
-    own: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    fused: FusedParts,
-    adapter_name: str,
-) -> None:
-    module = model.get_submodule(name)
-    suffix_A, suffix_B = MATRICES[isinstance(module, nn.Embedding)]
-    rank, groups = own[suffix_A].shape[0], getattr(module, "groups", 1)
-    scaling = scaling_from(config, name, rank)
-    r = rank // groups
-    settings: dict[str, Any] = {"r": r, "lora_alpha": scaling * r, "use_dora": bool(config.get("use_dora"))}
-    if not isinstance(module, nn.Embedding):
-        settings["lora_dropout"] = config.get("lora_dropout") or 0.0
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init != "gaussian":
-        settings["init_lora_weights"] = init
-    splits = fused.get(name.rpartition(".")[2])
-    if splits and not settings["use_dora"] and (ranks := _ranks_of_parts(own[suffix_B], list(splits.values()))):
-        equal = len(set(ranks) - {0}) == 1
-        settings |= {
-            "r": max(ranks) if equal else ranks,
-            "lora_alpha": scaling * max(ranks) if equal else [scaling * r for r in ranks],
-            "enable_lora": [r > 0 for r in ranks],
-            "out_splits": list(splits.values()),
-        }
-    if BASE_WEIGHT in own:  # an embedding's own table, perhaps trained or resized before
-        weight = module.get_parameter("weight")
-        if not torch.equal(weight, own[BASE_WEIGHT].to(weight)):
-            with torch.no_grad():
-                weight.copy_(own[BASE_WEIGHT])
-    layer = add_to_layer(model, name, adapter_name, settings, torch.float32)
-    layer.load_product(adapter_name, _first_group(own[suffix_A], groups), own[suffix_B])
-    if MAGNITUDE in own:
-        with torch.no_grad():
-            layer.lora_tensor("lora_magnitude_vector", adapter_name).copy_(own[MAGNITUDE].flatten())
 
 
 def _fill_others(
@@ -156,28 +174,26 @@ def _fill_others(
 ) -> None:
     """Trained biases and whole modules."""
     biases = {f"{name}.bias": own[BASE_BIAS] for name, own in layers.items() if BASE_BIAS in own}
-    saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    saved = whole_modules(model, modules_to_save)
     for name, tensor in others.items():
-        owner = _saved_owner(name, modules_to_save)
+        owner = _owner(name, saved)
         if owner is None:
             biases[name] = tensor
         else:
-            saved[owner][name.removeprefix(f"{owner}.")] = tensor
-    keep_base_biases(model, list(biases))
+            states[owner][name.removeprefix(f"{owner}.")] = tensor
+    keep_base_biases(model, list(biases), torch.float32)
     with torch.no_grad():
         for name, tensor in biases.items():
             model.get_parameter(name).copy_(tensor)
-        for owner, state in saved.items():
-            save_whole(model, owner, adapter_name)
-            wrapper = dict(saved_modules(model))[owner]
-            wrapper.modules_to_save[adapter_name].load_state_dict(state)
+    for owner, state in states.items():
+        save_whole(model, owner, adapter_name, torch.float32)
+        dict(saved_modules(model))[owner].modules_to_save[adapter_name].load_state_dict(state)
 
 
-def _saved_owner(name: str, modules_to_save: Sequence[str]) -> str | None:
-    """The module that trains whole and holds this parameter."""
-    path = name.split(".")
-    owners = (".".join(path[:depth]) for depth in range(1, len(path)))
-    return next((owner for owner in owners if matches(owner, modules_to_save)), None)
+def _owner(name: str, modules: Sequence[str]) -> str | None:
+    """The module, of those that train whole, that holds this parameter."""
+    return next((module for module in modules if name.startswith(f"{module}.")), None)
 
 
 def _ranks_of_parts(lora_B: Tensor, splits: list[int]) -> list[int] | None:

@@ -33,8 +33,11 @@ from phinetune.lora.targets import from_pattern
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# What an adapter may not ask for, with the values that ask for nothing. Randomised and data-driven initialisations
-# that change the base can't be begun again: on the pristine base their adapters would answer wrongly.
+# Initialisations that change the base, and that can be computed from it again.
+BEGIN_AT_PRODUCT = ("pissa", "olora")
+
+# What an adapter may not ask for, with the values that ask for nothing. Initialisations that change the base at random
+# or by data can't be begun again: on the pristine base their adapters would answer wrongly.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "use_qalora": (False, None),
@@ -42,7 +45,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "layer_replication": (None, []),
-    "init_lora_weights": (True, False, None, "gaussian", "pissa", "olora"),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica", *BEGIN_AT_PRODUCT),
 }
 
 # Behind a layer's name. An embedding's matrices have names of their own.
@@ -92,6 +95,8 @@ def by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
+        if ".original_module." in name:  # PEFT's bias="all" saves biases of what it keeps aside
+            continue
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
         if suffix is None:
             others[name] = tensor

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from phinetune.adapter.peft_format import (
+    BASE_WEIGHT,
+    BEGIN_AT_PRODUCT,
     MATRICES,
     PREFIX,
     by_layer,
@@ -33,14 +35,15 @@ def make_portable(source: str | Path, target: str | Path) -> None:
         raise AdapterError(str(target), "is not empty", "give a new folder")
     foreign = [name for name in ("use_dora", "modules_to_save") if config.get(name)]
     foreign += [f"bias={config['bias']}"] if config.get("bias") not in (None, "none") else []
-    foreign += [config["init_lora_weights"]] if config.get("init_lora_weights") in ("pissa", "olora") else []
+    foreign += [config["init_lora_weights"]] if config.get("init_lora_weights") in BEGIN_AT_PRODUCT else []
+    foreign += ["a saved embedding table"] if any(key.endswith(BASE_WEIGHT) for key in tensors) else []
     if foreign:
         raise AdapterError(str(source), f"uses {', '.join(foreign)}, which has no portable form", "merge it instead")
     layers, _ = by_layer(tensors)
     matrices = {name: MATRICES[MATRICES[True][0] in own] for name, own in layers.items()}
     ranks = {name: own[matrices[name][0]].shape[0] for name, own in layers.items()}
     scalings = {name: scaling_from(config, name, rank) for name, rank in ranks.items()}
-    r, scaling = max(ranks.values()), Counter(scalings.values()).most_common(1)[0][0]
+    r, scaling = max(ranks.values()), Counter(scalings.values()).most_common(1)[0][0] or 1.0
     portable: dict[str, Tensor] = {}
     for name, own in layers.items():
         key_A, key_B = matrices[name]

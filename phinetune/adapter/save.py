@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from phinetune import lora
 from phinetune.adapter.peft_format import BASE_BIAS, MAGNITUDE, MATRICES, PREFIX, grouped_A, plain_number, write_adapter
 from phinetune.errors import AdapterError
-from phinetune.lora.adapters import kept_biases
+from phinetune.lora.biases import trained_biases
 from phinetune.lora.layer import DEFAULT, LoRALayer
 from phinetune.lora.modules_to_save import saved_modules, saved_tensors
 
@@ -38,7 +38,9 @@ def save_adapter(
 def adapter_tensors(model: nn.Module, adapter_name: str = DEFAULT) -> dict[str, Tensor]:
     """Everything of an adapter under PEFT's names, contiguous, on the CPU."""
     tensors: dict[str, Tensor] = {}
-    for name, layer in _layers(model, adapter_name).items():
+    layers = _layers(model, adapter_name)
+    for name, layer in layers.items():
+        _check_form(name, layer, adapter_name)
         product = layer.product(adapter_name)
         lora_A, lora_B = product.lora_A, product.lora_B
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -51,10 +53,9 @@ def adapter_tensors(model: nn.Module, adapter_name: str = DEFAULT) -> dict[str, 
             is_conv = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
             tensors[name + MAGNITUDE] = magnitude.view(1, -1, *[1] * (layer.weight.ndim - 2)) if is_conv else magnitude
     tensors |= saved_tensors(model, adapter_name)
-    for name in kept_biases(model):
-        owner = name.rpartition(".")[0]
-        is_lora = isinstance(model.get_submodule(owner), LoRALayer)
-        tensors[owner + BASE_BIAS if is_lora else name] = model.get_parameter(name)
+    for name in trained_biases(model):
+        owner = name.removesuffix(".bias")
+        tensors[owner + BASE_BIAS if owner in layers else name] = model.get_parameter(name)
     return {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -72,7 +73,7 @@ def adapter_config(
         for name, product in products.items()
     }
     r, lora_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    biased = {name.rpartition(".")[0] for name in kept_biases(model)}
+    biased = {name.removesuffix(".bias") for name in trained_biases(model)}
     saved = [name for name, wrapper in saved_modules(model) if adapter_name in wrapper.modules_to_save]
     return {
         "peft_type": "LORA",
@@ -87,7 +88,7 @@ def adapter_config(
         "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "init_lora_weights": True,
         "target_modules": _shortest_names(model, list(layers)),
-        "modules_to_save": _shortest_names(model, saved) or None,
+        "modules_to_save": saved or None,
         "rank_pattern": _pattern(model, ranks, r),
         "alpha_pattern": {key: plain_number(value) for key, value in _pattern(model, alphas, lora_alpha).items()},
         "use_rslora": first.use_rslora,
@@ -95,6 +96,15 @@ def adapter_config(
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+
+
+def _check_form(name: str, layer: LoRALayer, adapter_name: str) -> None:
+    """PEFT's convolutions leave out dilation and padding mode, and its DoRA knows no groups."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if set(layer.dilation) != {1} or layer.padding_mode != "zeros":
+            raise ValueError(f"{name}: PEFT computes dilated or non-zero-padded convolutions differently")
+        if layer.groups > 1 and layer.adapters[adapter_name].use_dora:
+            raise ValueError(f"{name}: PEFT can't read DoRA on a convolution of groups")
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
@@ -116,10 +126,10 @@ def _short_name(model: nn.Module, name: str, names: set[str]) -> str:
 
 
 def _pattern(model: nn.Module, values: Mapping[str, float], usual: float) -> dict[str, Any]:
-    """{regex: value} for the layers whose value isn't the usual one."""
+    """{regex: value} for the layers whose value isn't the usual one. A full name begins with ^: it is no suffix."""
     pattern: dict[str, Any] = {}
     for name, value in values.items():
         if value != usual:
-            same = {n for n, v in values.items() if v == value}
-            pattern[re.escape(_short_name(model, name, same))] = value
+            short = _short_name(model, name, {n for n, v in values.items() if v == value})
+            pattern[("^" if short == name else "") + re.escape(short)] = value
     return pattern

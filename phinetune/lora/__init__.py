@@ -11,19 +11,6 @@ or on a live model: `lora.adapt(model, ["q_proj", "v_proj"], r=16, lora_alpha=32
 """
 
 from phinetune.lora.adapt import adapt
-from phinetune.lora.adapters import (
-    active_adapters,
-    adapter_names,
-    delete_adapter,
-    disabled,
-    enabled,
-    fuse,
-    fused,
-    lora_layers,
-    set_adapter,
-    unfuse,
-    unload,
-)
 from phinetune.lora.combine import add_weighted_adapter
 from phinetune.lora.conv import Conv1d, Conv2d, Conv3d
 from phinetune.lora.embedding import Embedding
@@ -35,6 +22,19 @@ from phinetune.lora.state import (
     load_lora_state_dict,
     lora_state_dict,
     mark_only_lora_as_trainable,
+)
+from phinetune.lora.switch import (
+    active_adapters,
+    adapter_names,
+    delete_adapter,
+    disabled,
+    enabled,
+    fuse,
+    fused,
+    lora_layers,
+    set_adapter,
+    unfuse,
+    unload,
 )
 from phinetune.lora.targets import TargetError
 

@@ -7,17 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from phinetune.lora.adapters import (
-    active_adapters,
-    adapter_names,
-    keep_base_biases,
-    replace_module,
-    set_adapter,
-)
+from phinetune.lora.biases import Bias, bias_names, keep_base_biases, trained_biases
 from phinetune.lora.layer import DEFAULT, LoRALayer
 from phinetune.lora.linear import Linear, MergedLinear
-from phinetune.lora.modules_to_save import ModulesToSaveWrapper, saved_modules
-from phinetune.lora.state import Bias, bias_names, mark_only_lora_as_trainable
+from phinetune.lora.modules_to_save import ModulesToSaveWrapper
+from phinetune.lora.state import mark_only_lora_as_trainable
+from phinetune.lora.switch import active_adapters, adapter_names, replace_module, set_adapter
 from phinetune.lora.targets import (
     ALL_LINEAR,
     FusedParts,
@@ -26,9 +21,9 @@ from phinetune.lora.targets import (
     find_targets,
     from_pattern,
     lora_class,
-    matches,
     own_names,
     part_names,
+    whole_modules,
 )
 
 
@@ -66,10 +61,10 @@ def adapt(
         rank_pattern, alpha_pattern: r and lora_alpha for names that match a key, `(.*\\.)?(KEY)$`.
         exclude_modules: names that get no LoRA, matched as `target_modules` are.
         layers_to_transform, layers_pattern: only layers of these numbers, found behind this name in a path.
-        modules_to_save: names of modules of which a whole copy trains.
+        modules_to_save: endings of names (as in PEFT) of modules of which a whole copy trains, in `dtype`.
         bias: which biases train: none, all, or lora_only (those of adapted layers).
         fused: which layers stand for several.
-        dtype: of the LoRA parameters; the base's by default.
+        dtype: of all that trains, but for biases outside adapted layers; the base's by default.
 
     Returns:
         The names of the layers that have the adapter.
@@ -81,6 +76,7 @@ def adapt(
     to_save = list(modules_to_save or [])
     before = active_adapters(model)
     try:
+        bias_names(model, bias)
         targets = find_targets(
             model,
             target_modules,
@@ -96,62 +92,87 @@ def adapt(
                 raise TargetError(f"rank_pattern or alpha_pattern: {key!r} matches none of {own_names(adapted)}")
     except re.error as error:
         raise TargetError(f"{error.pattern!r} is not a regular expression ({error})") from None
-    whole = [name for name, _ in model.named_modules() if matches(name, to_save)]
     for name in to_save:
-        if not any(matches(module, [name]) for module in whole):
-            raise TargetError(f"modules_to_save: no module is called {name!r}")
+        if not whole_modules(model, [name]):
+            raise TargetError(f"modules_to_save: no module's name ends in {name!r}")
     if adapter_name in adapter_names(model):
         raise TargetError(f"adapter_name={adapter_name!r}: the model has an adapter of that name")
-    if bias != "none" and before:
-        raise TargetError(f"bias={bias!r}: biases train with one adapter only, and the model has {list(before)}")
+    if before and (bias != "none" or trained_biases(model)):
+        raise TargetError(f"biases train with one adapter alone, and the model has {', '.join(before)}")
 
+    settings: dict[str, Any] = {
+        "lora_dropout": lora_dropout,
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+        "init_lora_weights": init_lora_weights,
+    }
+    each: dict[str, dict[str, Any]] = {}
     for name, parts in targets.items():
-        settings: dict[str, Any] = {
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "use_rslora": use_rslora,
-            "use_dora": use_dora,
-            "init_lora_weights": init_lora_weights,
-        }
         if parts:
-            settings |= _settings_of_parts(name, parts, fused or {}, rank_pattern, alpha_pattern, r, lora_alpha)
+            ranks = _settings_of_parts(name, parts, fused or {}, rank_pattern, alpha_pattern, r, lora_alpha)
         else:
-            settings["r"] = from_pattern(rank_pattern, name, r)
-            settings["lora_alpha"] = from_pattern(alpha_pattern, name, lora_alpha)
-        add_to_layer(model, name, adapter_name, settings, dtype)
-    for name in whole:
-        save_whole(model, name, adapter_name)
+            ranks = {
+                "r": from_pattern(rank_pattern, name, r),
+                "lora_alpha": from_pattern(alpha_pattern, name, lora_alpha),
+            }
+        each[name] = settings | ranks
+    layers = add_to_layers(model, adapter_name, each, dtype)
+    if not any(adapter_name in layer.adapters for layer in layers.values()):
+        raise TargetError(f"r={r} adapts nothing: give a rank of 1 or more")
+    for name, layer in layers.items():
+        if layer is not model.get_submodule(name):
+            replace_module(model, name, layer)
+    for name in whole_modules(model, to_save):
+        save_whole(model, name, adapter_name, dtype)
     set_adapter(model, before or adapter_name)
-    keep_base_biases(model, bias_names(model, bias))
+    keep_base_biases(model, bias_names(model, bias), dtype)
     mark_only_lora_as_trainable(model, bias)
-    return list(targets)
+    return [name for name, layer in layers.items() if adapter_name in layer.adapters]
 
 
-def add_to_layer(
-    model: nn.Module, name: str, adapter_name: str, settings: dict[str, Any], dtype: torch.dtype | None
+def add_to_layers(
+    model: nn.Module, adapter_name: str, settings: Mapping[str, dict[str, Any]], dtype: torch.dtype | None
+) -> dict[str, LoRALayer]:
+    """Adds an adapter to layers, by name; those that are plain yet get a LoRA layer, which isn't put in place.
+
+    Raises:
+        TargetError: if a layer can't have it; nothing is changed.
+    """
+    layers: dict[str, LoRALayer] = {}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for name, own in settings.items():
+            layers[name] = _with_adapter(model.get_submodule(name), adapter_name, own, dtype)
+    except ValueError as error:
+        for made, layer in layers.items():
+            if layer is model.get_submodule(made):
+                layer.delete_adapter(adapter_name)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise TargetError(f"{name}: {error}") from None
+    return layers
+
+
+def _with_adapter(
+    module: nn.Module, adapter_name: str, settings: dict[str, Any], dtype: torch.dtype | None
 ) -> LoRALayer:
-    """Adds an adapter to one layer, in whose place a LoRA layer comes where it isn't one yet."""
-    module = model.get_submodule(name)
     if isinstance(module, LoRALayer):
-        module.add_adapter(adapter_name, module.settings(**settings), dtype)
+        module.add_adapter(adapter_name, module.make_adapter(**settings), dtype)
         return module
     kind = lora_class(module)
     assert kind is not None
     if "enable_lora" in settings and kind is Linear:
         kind = MergedLinear
-    layer = kind.from_base(module, adapter_name=adapter_name, dtype=dtype, **settings)
-    replace_module(model, name, layer)
-    return layer
+    return kind.from_base(module, adapter_name=adapter_name, dtype=dtype, **settings)
 
 
-def save_whole(model: nn.Module, name: str, adapter_name: str) -> None:
+def save_whole(model: nn.Module, name: str, adapter_name: str, dtype: torch.dtype | None = None) -> None:
     """Gives an adapter a trained copy of a module."""
     module = model.get_submodule(name)
     if isinstance(module, ModulesToSaveWrapper):
-        module.add_copy(adapter_name)
-    elif not any(name.startswith(f"{wrapped}.") for wrapped, _ in saved_modules(model)):
-        replace_module(model, name, ModulesToSaveWrapper(module, adapter_name))
+        module.add_copy(adapter_name, dtype)
+    else:
+        replace_module(model, name, ModulesToSaveWrapper(module, adapter_name, dtype))
 
 
 def _settings_of_parts(

@@ -15,8 +15,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from phinetune.lora.adapters import adapter_names, lora_layers
 from phinetune.lora.layer import LoRALayer, Product
+from phinetune.lora.modules_to_save import saved_modules
+from phinetune.lora.switch import adapter_names, lora_layers
 from phinetune.lora.targets import TargetError
 
 Combination = Literal[
@@ -62,6 +63,11 @@ def add_weighted_adapter(
     prunes = combination_type.removesuffix("_svd") in FACTORWISE[1:]
     if prunes and (density is None or not 0 < density <= 1):
         raise TargetError(f"density={density}: {combination_type} keeps a share of the entries, above 0 and up to 1")
+    if majority_sign_method not in get_args(SignMethod):
+        raise TargetError(f"majority_sign_method={majority_sign_method!r}: must be total or frequency")
+    for path, wrapper in saved_modules(model):
+        if any(name in wrapper.modules_to_save for name in adapters):
+            raise TargetError(f"modules_to_save: {path} was trained whole, and whole modules can't be combined")
     there = adapter_names(model)
     if adapter_name in there:
         raise TargetError(f"adapter_name={adapter_name!r}: the model has an adapter of that name")
@@ -90,7 +96,7 @@ def add_product(layer: LoRALayer, adapter_name: str, product: Product) -> None:
     """Adds an adapter with given matrices to a layer, frozen and not active."""
     r = product.lora_A.shape[0]
     active, dtype = layer.active_adapters, product.lora_A.dtype
-    layer.add_adapter(adapter_name, layer.settings(r=r, lora_alpha=product.scaling * r), dtype)
+    layer.add_adapter(adapter_name, layer.make_adapter(r=r, lora_alpha=product.scaling * r), dtype)
     layer.active_adapters = active
     layer.load_product(adapter_name, product.lora_A, product.lora_B)
     for name in layer.lora_tensors(adapter_name):

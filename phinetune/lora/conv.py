@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phinetune.lora.layer import DEFAULT, Adapter, LoRALayer, Product
+from phinetune.lora.layer import DEFAULT, Adapter, LoRALayer, Product, full_precision
 
 
 class _ConvNd(LoRALayer):
@@ -56,7 +56,7 @@ class _ConvNd(LoRALayer):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[call-arg]
         self.merge_weights = merge_weights
-        adapter = self.settings(
+        adapter = self.make_adapter(
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
@@ -67,10 +67,12 @@ class _ConvNd(LoRALayer):
         )
         if r > 0:
             self._register(DEFAULT, adapter)
+        else:
+            self._asked_for = adapter
         self.reset_parameters()  # a second time, as loralib does: the same seed gives the same layer
 
-    def settings(self, **given: Any) -> Adapter:
-        if given.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    def make_adapter(self, **given: Any) -> Adapter:
+        if Adapter(r=1, init_lora_weights=given.get("init_lora_weights", True)).begins_at_product:
             raise ValueError(f"init_lora_weights={given['init_lora_weights']!r} is for linear layers alone")
         if given.get("layout", "peft") not in ("peft", "loralib"):
             raise ValueError(f"layout={given['layout']!r}: must be loralib or peft")
@@ -109,7 +111,7 @@ class _ConvNd(LoRALayer):
         weight = self.weight
         for name, share in active.items():
             weight = weight + share * self._delta(name, weight.dtype)
-        return self._base(input, weight, self.bias)
+        return self._base(input, weight, self._cast_bias())
 
     def _update(self, input: Tensor, adapter_name: str) -> Tensor:
         adapter = self.adapters[adapter_name]
@@ -133,7 +135,8 @@ class _ConvNd(LoRALayer):
     def delta_weight(self, adapter_name: str = DEFAULT) -> Tensor:
         """ΔW, of the weight's shape, in fp32 (fp64 for fp64 parameters)."""
         dtype = torch.promote_types(self.lora_tensor("lora_A", adapter_name).dtype, torch.float32)
-        return self._delta(adapter_name, dtype)
+        with full_precision(self.weight.device):
+            return self._delta(adapter_name, dtype)
 
     @torch.no_grad()
     def product(self, adapter_name: str = DEFAULT) -> Product:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phinetune.lora.layer import DEFAULT, Adapter, LoRALayer, Product
+from phinetune.lora.layer import DEFAULT, Adapter, LoRALayer, Product, full_precision
 
 
 class Embedding(LoRALayer, nn.Embedding):
@@ -16,7 +16,8 @@ class Embedding(LoRALayer, nn.Embedding):
         num_embeddings, embedding_dim: as in `nn.Embedding`.
         r, lora_alpha, merge_weights, use_rslora, use_dora: as in `Linear`.
         init_lora_weights: True (A zeros, B from N(0, 1), as in loralib) or False (both from N(0, 1): for tests).
-        **kwargs: those of `nn.Embedding`. `max_norm` bounds the rows of W that are looked up, and not W in place.
+        **kwargs: those of `nn.Embedding`. There is no dropout, as in loralib and PEFT.
+            `max_norm` bounds the rows of W that are looked up, and not W in place.
 
     Shapes:
         input (...), output (..., embedding_dim), `lora_A` (r, num_embeddings), `lora_B` (embedding_dim, r).
@@ -43,7 +44,7 @@ class Embedding(LoRALayer, nn.Embedding):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, **kwargs)
         self.merge_weights = merge_weights
-        adapter = self.settings(
+        adapter = self.make_adapter(
             r=r,
             lora_alpha=lora_alpha,
             use_rslora=use_rslora,
@@ -52,13 +53,16 @@ class Embedding(LoRALayer, nn.Embedding):
         )
         if r > 0:
             self._register(DEFAULT, adapter)
+        else:
+            self._asked_for = adapter
         if kwargs.get("_weight") is None:
             self.reset_parameters()  # a second time, as loralib does: the same seed gives the same layer
         elif r > 0:
             self.reset_lora_parameters()
 
-    def settings(self, **given: Any) -> Adapter:
-        if given.get("init_lora_weights", True) not in (True, False, "gaussian"):
+    def make_adapter(self, **given: Any) -> Adapter:
+        given.pop("lora_dropout", None)
+        if Adapter(r=1, init_lora_weights=given.get("init_lora_weights", True)).begins_at_product:
             raise ValueError(f"init_lora_weights={given['init_lora_weights']!r} is for linear layers alone")
         return Adapter(**given)
 
@@ -91,7 +95,7 @@ class Embedding(LoRALayer, nn.Embedding):
         """Its rows are bounded already where there is a `max_norm`: bounding W + ΔW would be another function."""
         plain = super().to_base()
         if self.active_adapters:
-            plain.max_norm = None
+            plain.max_norm = None  # type: ignore[assignment]
         return plain
 
     def _weight_to_merge(self) -> Tensor:
@@ -101,7 +105,8 @@ class Embedding(LoRALayer, nn.Embedding):
         """ΔW (num_embeddings, embedding_dim) in fp32 (fp64 for fp64 parameters)."""
         lora_A, lora_B = self.lora_tensor("lora_A", adapter_name), self.lora_tensor("lora_B", adapter_name)
         dtype = torch.promote_types(lora_A.dtype, torch.float32)
-        delta: Tensor = (lora_A.T.to(dtype) @ lora_B.T.to(dtype)) * self.adapters[adapter_name].scaling
+        with full_precision(self.weight.device):
+            delta: Tensor = (lora_A.T.to(dtype) @ lora_B.T.to(dtype)) * self.adapters[adapter_name].scaling
         return delta
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from phinetune.lora.functional import Block
 
 DEFAULT = "default"
+STALE = (None, None)  # in the place of a merged weight: it is built when it is next used
+INITIALISATIONS = r"gaussian|pissa|pissa_niter_\d+|olora"
 NO_ADAPTERS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -40,8 +43,6 @@ class Adapter:
     """Of a linear layer: its low-rank products."""
     layout: str = "peft"
     """Of a convolution: how A and B make ΔW."""
-    begun_at: list[int] = field(default_factory=list)
-    """The versions of its tensors when they were drawn: unchanged, nothing was loaded or trained since."""
 
     def __post_init__(self) -> None:
         ranks = self.r if isinstance(self.r, list) else [self.r]
@@ -49,12 +50,22 @@ class Adapter:
             raise ValueError(f"r={self.r}: a LoRA rank is 0 (no LoRA) or more")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout}: must be in [0, 1)")
+        if not isinstance(self.init_lora_weights, bool) and not re.fullmatch(INITIALISATIONS, self.init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r}: must be true, false, gaussian, pissa, pissa_niter_N "
+                "(N a number) or olora"
+            )
         alphas = self.lora_alpha if isinstance(self.lora_alpha, list) else [self.lora_alpha] * len(ranks)
+        if len(alphas) > len(ranks):
+            ranks = ranks * len(alphas)
+            self.r = ranks
+        if len(alphas) != len(ranks):
+            raise ValueError(f"lora_alpha={self.lora_alpha}: must be one value, or one for each of {len(ranks)} ranks")
         scalings = [self._scale(a, r) if r else 0.0 for a, r in zip(alphas, ranks, strict=True)]
         self.scaling = scalings if isinstance(self.r, list) else scalings[0]
 
     @property
-    def moves_the_base(self) -> bool:
+    def begins_at_product(self) -> bool:
         """PiSSA and OLoRA begin at B₀A₀ ≠ 0 and take it off the base: W + s·(BA − B₀A₀)."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
 
@@ -85,6 +96,8 @@ class LoRALayer(nn.Module):
     adapters: Mapping[str, Adapter] = NO_ADAPTERS
     active_adapters: Mapping[str, float] = NO_ADAPTERS
     """Name -> weight of the adapters that the forward pass adds up."""
+    _asked_for = Adapter(r=0)
+    """What the constructor was given, where that adds nothing: r=0, or no part enabled."""
     _merged: tuple[Tensor | None, Any] | None = None
     _plain_type: type[nn.Module]
     _output_dim: ClassVar[int] = 0
@@ -140,7 +153,7 @@ class LoRALayer(nn.Module):
 
     @property
     def r(self) -> Any:
-        return self._first.r if self.has_lora else 0
+        return self._first.r
 
     @property
     def lora_alpha(self) -> Any:
@@ -164,9 +177,7 @@ class LoRALayer(nn.Module):
 
     @property
     def _first(self) -> Adapter:
-        if not self.has_lora:
-            raise AttributeError("this layer has no adapter")
-        return self.adapters.get(DEFAULT) or next(iter(self.adapters.values()))
+        return self.adapters.get(DEFAULT) or next(iter(self.adapters.values()), self._asked_for)
 
     def add_adapter(self, adapter_name: str, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
         """Registers an adapter's parameters, freshly drawn. The first one is active at once, others when set.
@@ -194,7 +205,7 @@ class LoRALayer(nn.Module):
             )
         for kind, shape in kinds.items():
             self.register_parameter(tensor_name(kind, adapter_name), nn.Parameter(torch.empty(shape, **like)))
-        if adapter.moves_the_base:
+        if adapter.begins_at_product:
             for kind, shape in (("lora_A0", shape_A), ("lora_B0", shape_B)):
                 self.register_buffer(tensor_name(kind, adapter_name), torch.empty(shape, **like))
         self.weight.requires_grad_(False)
@@ -205,11 +216,13 @@ class LoRALayer(nn.Module):
             self.active_adapters = {adapter_name: 1.0}
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drops an adapter with its parameters."""
+        """Drops an adapter with its parameters; the layer stays what it is, a plain one without its last."""
         for kind in TENSOR_KINDS:
             if hasattr(self, tensor_name(kind, adapter_name)):
                 delattr(self, tensor_name(kind, adapter_name))
         self.adapters = {n: a for n, a in self.adapters.items() if n != adapter_name}
+        if not self.has_lora:
+            _remove_hook(self)
         self.active_adapters = {n: w for n, w in self.active_adapters.items() if n != adapter_name}
 
     def lora_tensor(self, kind: str, adapter_name: str = DEFAULT) -> Tensor:
@@ -232,23 +245,32 @@ class LoRALayer(nn.Module):
         """Draws an adapter anew: the layer begins as its base, unless `init_lora_weights` is False."""
         adapter = self.adapters[adapter_name]
         self._initialise(adapter_name)
-        if adapter.moves_the_base:
+        if adapter.begins_at_product:
             for kind in ("lora_A", "lora_B"):
                 self.lora_tensor(kind + "0", adapter_name).copy_(self.lora_tensor(kind, adapter_name))
         if adapter.use_dora:
-            norm = self._norm(adapter_name)
-            parts = [norm[outputs] for outputs in self._adapted_outputs(adapter)]
-            self.lora_tensor("lora_magnitude_vector", adapter_name).copy_(torch.cat(parts))
-        adapter.begun_at = self._versions(adapter_name)
+            self._reset_magnitude(adapter_name)
+
+    @torch.no_grad()
+    def _reset_magnitude(self, adapter_name: str) -> None:
+        norm = self._norm(adapter_name)
+        parts = [norm[outputs] for outputs in self._adapted_outputs(self.adapters[adapter_name])]
+        self.lora_tensor("lora_magnitude_vector", adapter_name).copy_(torch.cat(parts))
 
     # Forward --------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.active_adapters and self.lora_enabled):
-            return self._base(input, self._base_weight, self.bias)
-        if self._merged is not None and not torch.is_grad_enabled():
-            return self._base(input, self._merged_weight(), self.bias)
+            return self._base(input, self._base_weight, self._cast_bias())
+        if self._merged is not None:
+            if not torch.is_grad_enabled():
+                return self._base(input, self._merged_weight(), self._cast_bias())
+            self._merged = STALE  # a step may follow, and torch's fused optimisers leave no trace on a parameter
         return self._adapted(input)
+
+    def _cast_bias(self) -> Any:
+        """A bias that trains in higher precision is rounded to the weight's."""
+        return None if self.bias is None else self.bias.to(self.weight.dtype)
 
     def _adapted(self, input: Tensor) -> Tensor:
         """Base and updates by plain autograd. DoRA (Liu et al., 2024) scales each output of W + ΔW to a learnt norm."""
@@ -257,8 +279,8 @@ class LoRALayer(nn.Module):
         for name, weight in self.active_adapters.items():
             update = self._update(input, name).to(plain.dtype)
             if self.adapters[name].use_dora:
-                scale = self._along_outputs(self._dora_scale(name)).to(plain.dtype)
-                update = (scale - 1) * plain + scale * update
+                scale = self._along_outputs(self._dora_scale(name))
+                update = (scale - 1).to(plain.dtype) * plain + scale.to(plain.dtype) * update
             output = output + weight * update
         return output if self.bias is None else output + self._along_outputs(self.bias).to(output.dtype)
 
@@ -278,10 +300,11 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def _norm(self, adapter_name: str) -> Tensor:
         """‖W + ΔW‖ of each output, a constant to autograd (section 4.3 of the DoRA paper)."""
-        delta = self.delta_weight(adapter_name)
-        weight = self._base_weight.to(delta.dtype) + delta
-        others = [dim for dim in range(weight.ndim) if dim != self._output_dim]
-        norm: Tensor = torch.linalg.vector_norm(weight, dim=others)
+        with full_precision(self.weight.device):
+            delta = self.delta_weight(adapter_name)
+            weight = self._base_weight.to(delta.dtype) + delta
+            others = [dim for dim in range(weight.ndim) if dim != self._output_dim]
+            norm: Tensor = torch.linalg.vector_norm(weight, dim=others)
         return norm
 
     def _dora_scale(self, adapter_name: str) -> Tensor:
@@ -310,9 +333,14 @@ class LoRALayer(nn.Module):
         return self._merged is not None
 
     def merge(self) -> None:
-        """Builds W + ΔW of the active adapters; the forward pass uses it wherever no gradient is asked for."""
+        """Builds W + ΔW of the active adapters; the forward pass uses it wherever no gradient is asked for.
+
+        It is built anew when parameters are loaded, stepped, replaced or switched; a write through `.data` isn't
+        noticed, as nowhere in torch: call `merge` again behind one.
+        """
         if self.active_adapters:
-            self._merged = self.merge_weight(), self._merge_key()
+            with full_precision(self.weight.device):
+                self._merged = self.merge_weight(), self._merge_key()
 
     def unmerge(self) -> None:
         """Drops W + ΔW. The base weight was never touched, so there is nothing to subtract."""
@@ -346,11 +374,8 @@ class LoRALayer(nn.Module):
 
     def _merge_key(self) -> Any:
         """Changes whenever something that the merged weight was made of does."""
-        parameters = [(id(p), _version(p)) for p in self._parameters.values() if p is not None]
-        return parameters, self.active_adapters
-
-    def _versions(self, adapter_name: str) -> list[int]:
-        return [_version(tensor) for tensor in self.lora_tensors(adapter_name).values()]
+        parameters = [(id(p), p.data_ptr(), _version(p)) for p in self._parameters.values() if p is not None]
+        return parameters, dict(self.active_adapters)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -369,7 +394,7 @@ class LoRALayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickle or a copy holds no merged weight: it is built again when first used."""
-        return {**self.__dict__, "_merged": (None, None)} if self.merged else self.__dict__
+        return {**self.__dict__, "_merged": STALE} if self.merged else self.__dict__
 
     # In and out -----------------------------------------------------------------------------------------
 
@@ -378,9 +403,20 @@ class LoRALayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, adapter in self.adapters.items() if f"{prefix}weight" in state_dict else ():
             comes_along = any(prefix + own in state_dict for own in self.lora_tensors(name))
-            came_before = self._versions(name) != adapter.begun_at
-            if (adapter.use_dora or adapter.moves_the_base) and not (comes_along or came_before):
+            if comes_along or self.weight.is_meta or not self._at_its_beginning(name):
+                continue
+            if adapter.begins_at_product:
                 self.reset_lora_parameters(name)
+            elif adapter.use_dora:
+                self._reset_magnitude(name)
+
+    def _at_its_beginning(self, adapter_name: str) -> bool:
+        """Whether ΔW is 0, as it is when drawn."""
+        lora_A, lora_B = self.lora_tensor("lora_A", adapter_name), self.lora_tensor("lora_B", adapter_name)
+        if self.adapters[adapter_name].begins_at_product:
+            begun = [self.lora_tensor(kind, adapter_name) for kind in ("lora_A0", "lora_B0")]
+            return torch.equal(lora_A, begun[0]) and torch.equal(lora_B, begun[1])
+        return not (lora_A.any() and lora_B.any())
 
     @classmethod
     def from_base(
@@ -392,7 +428,9 @@ class LoRALayer(nn.Module):
         dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> Self:
-        """Takes over a live layer, hooks and all, with its own weight and bias and not copies of them.
+        """Takes over a live layer's own weight and bias (no copies), its hooks and its other attributes.
+
+        Handles of its hooks remove them from the old layer only.
 
         `settings` are those of the layer's constructor: r, lora_alpha, …; `dtype` is that of the LoRA parameters
         (the base's by default).
@@ -401,13 +439,13 @@ class LoRALayer(nn.Module):
         _copy_attributes(base, layer)
         layer._plain_type, layer.merge_weights = type(base), merge_weights
         layer._taken_over()
-        layer.add_adapter(adapter_name, layer.settings(**settings), dtype)
+        layer.add_adapter(adapter_name, layer.make_adapter(**settings), dtype)
         return layer
 
     def _taken_over(self) -> None:
         """Completes what the base layer's class doesn't have."""
 
-    def settings(self, **given: Any) -> Adapter:
+    def make_adapter(self, **given: Any) -> Adapter:
         """An adapter for this layer."""
         return Adapter(**given)
 
@@ -419,9 +457,9 @@ class LoRALayer(nn.Module):
             if name.startswith("lora_") or name in _OWN_ATTRIBUTES:
                 for holder in (plain.__dict__, plain._parameters, plain._buffers):
                     holder.pop(name, None)
-        for key, hook in list(plain._forward_pre_hooks.items()):
-            if hook is _be_called:
-                del plain._forward_pre_hooks[key]
+        _remove_hook(plain)
+        if self.bias is not None and self.bias.dtype != self.weight.dtype:
+            plain.bias = nn.Parameter(self.bias.detach().to(self.weight.dtype), requires_grad=False)
         weight = self._to_storage(self.merge_weight() if self.active_adapters else self._base_weight)
         if weight is not self.weight:
             plain.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
@@ -435,7 +473,7 @@ class LoRALayer(nn.Module):
 TENSOR_KINDS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A0", "lora_B0")
 _OWN_ATTRIBUTES = (
     *("adapters", "active_adapters", "merge_weights", "_merged", "_plain_type", "fan_in_fan_out"),
-    *("enable_lora", "out_splits"),
+    *("enable_lora", "out_splits", "_asked_for"),
 )
 
 
@@ -447,6 +485,17 @@ def tensor_name(kind: str, adapter_name: str) -> str:
 def _be_called(module: nn.Module, args: Any) -> None:
     """Does nothing: where a hook is, torch's fused TransformerEncoderLayer calls its layers, and doesn't read past
     them."""
+
+
+def _remove_hook(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _be_called:
+            del module._forward_pre_hooks[key]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast: the weights' own arithmetic isn't rounded because a forward pass is."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _version(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phinetune.lora.functional import Block, Factors, delta_weight, lora_linear, low_rank, stack
-from phinetune.lora.layer import DEFAULT, Adapter, LoRALayer, Product
+from phinetune.lora.layer import DEFAULT, Adapter, LoRALayer, Product, full_precision
 
 
 class Linear(LoRALayer, nn.Linear):
@@ -56,7 +56,7 @@ class Linear(LoRALayer, nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, **kwargs)
         self.merge_weights = merge_weights
-        adapter = self.settings(
+        adapter = self.make_adapter(
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
@@ -67,7 +67,9 @@ class Linear(LoRALayer, nn.Linear):
         self._begin(adapter, fan_in_fan_out)
 
     def _begin(self, adapter: Adapter, fan_in_fan_out: bool) -> None:
-        if 0 not in self._shapes(adapter)[0]:
+        if 0 in self._shapes(adapter)[0]:
+            self._asked_for = adapter
+        else:
             self._register(DEFAULT, adapter)
         self.reset_parameters()  # a second time, as loralib does: the same seed gives the same layer
         if fan_in_fan_out:
@@ -75,13 +77,14 @@ class Linear(LoRALayer, nn.Linear):
             self.fan_in_fan_out = True
 
     def reset_parameters(self) -> None:
-        if self.fan_in_fan_out:  # the weights are drawn by their fan-in
-            self.weight.data = self.weight.data.T
+        fan_in_fan_out = self.fan_in_fan_out
+        if fan_in_fan_out:  # everything is drawn as (out, in)
+            self.weight.data, self.fan_in_fan_out = self.weight.data.T, False
         super().reset_parameters()
-        if self.fan_in_fan_out:
-            self.weight.data = self.weight.data.T
+        if fan_in_fan_out:
+            self.weight.data, self.fan_in_fan_out = self.weight.data.T, True
 
-    def settings(
+    def make_adapter(
         self,
         enable_lora: Sequence[bool | int] | None = None,
         out_splits: Sequence[int] | None = None,
@@ -141,7 +144,7 @@ class Linear(LoRALayer, nn.Linear):
         adapter = self.adapters[adapter_name]
         lora_A, lora_B = self.lora_tensor("lora_A", adapter_name), self.lora_tensor("lora_B", adapter_name)
         own = Factors(lora_A, lora_B, adapter.blocks)
-        if not adapter.moves_the_base:
+        if not adapter.begins_at_product:
             return own
         lora_A0, lora_B0 = self.lora_tensor("lora_A0", adapter_name), self.lora_tensor("lora_B0", adapter_name)
         return stack([(own, 1.0), (Factors(lora_A0, lora_B0, adapter.blocks), -1.0)])
@@ -163,20 +166,21 @@ class Linear(LoRALayer, nn.Linear):
         if any(self.adapters[name].use_dora for name in active):
             return super()._adapted(input)
         factors = stack([(self.factors(name), weight) for name, weight in active.items()])
-        return lora_linear(input, self._base_weight, self.bias, factors, max(map(self._dropout_p, active)))
+        return lora_linear(input, self._base_weight, self._cast_bias(), factors, max(map(self._dropout_p, active)))
 
     def _update(self, input: Tensor, adapter_name: str) -> Tensor:
         return low_rank(input, self.factors(adapter_name), self.out_features, self._dropout_p(adapter_name))
 
     def delta_weight(self, adapter_name: str = DEFAULT) -> Tensor:
         """ΔW (out_features, in_features) in fp32 (fp64 for fp64 parameters)."""
-        return delta_weight(self.factors(adapter_name), self.out_features)
+        with full_precision(self.weight.device):
+            return delta_weight(self.factors(adapter_name), self.out_features)
 
     @torch.no_grad()
     def product(self, adapter_name: str = DEFAULT) -> Product:
         """ΔW = scaling · B @ A: parts and what PiSSA took off become rows of A and zero-padded columns of B."""
         lora_A, lora_B, blocks = self.factors(adapter_name)
-        scaling = blocks[0].scaling
+        scaling = max((block.scaling for block in blocks), key=abs) or 1.0
         if len({abs(block.scaling) for block in blocks}) > 1:
             lora_B = lora_B.to(torch.promote_types(lora_B.dtype, torch.float32))
         expanded = lora_B.new_zeros(self.out_features, lora_A.shape[0])
@@ -246,7 +250,7 @@ class MergedLinear(Linear):
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         self.merge_weights = merge_weights
-        adapter = self.settings(
+        adapter = self.make_adapter(
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
@@ -258,16 +262,16 @@ class MergedLinear(Linear):
         )
         self._begin(adapter, fan_in_fan_out)
 
-    def settings(
+    def make_adapter(
         self,
         enable_lora: Sequence[bool | int] | None = None,
         out_splits: Sequence[int] | None = None,
         **given: Any,
     ) -> Adapter:
-        adapter = super().settings(enable_lora, out_splits, **given)
-        if enable_lora is not None and not self.has_lora:
-            self.enable_lora = [bool(flag) for flag in enable_lora]
-            self.out_splits = _settle_splits(self.out_features, enable_lora, out_splits)
+        adapter = super().make_adapter(enable_lora, out_splits, **given)
+        if not self.has_lora:
+            self.enable_lora = [True] if enable_lora is None else [bool(flag) for flag in enable_lora]
+            self.out_splits = _settle_splits(self.out_features, self.enable_lora, out_splits)
         return adapter
 
     def extra_repr(self) -> str:
@@ -297,16 +301,16 @@ def _principal_factors(weight: Tensor, r: int, init: str, scaling: float) -> tup
     OLoRA: B = Q[:, :r], A = R[:r] of W = Q R.
 
     Raises:
-        ValueError: for another `init`.
+        ValueError: for a rank or a scaling that can't be.
     """
+    if r > min(weight.shape):
+        raise ValueError(f"init_lora_weights={init!r}: r={r} is more than the rank of a {tuple(weight.shape)} weight")
     if init == "olora":
         q, triangle = torch.linalg.qr(weight)
         return triangle[:r], q[:, :r]
-    kind, _, iterations = init.partition("_niter_")
-    if kind != "pissa" or not (init == "pissa" or iterations.isdigit()):
-        raise ValueError(
-            f"init_lora_weights={init!r}: must be true, false, gaussian, pissa, pissa_niter_N (N a number) or olora"
-        )
+    if scaling <= 0:
+        raise ValueError(f"init_lora_weights={init!r} takes a root of lora_alpha, which must be above 0")
+    _, _, iterations = init.partition("_niter_")
     if iterations:
         u, s, v = torch.svd_lowrank(weight, q=r, niter=int(iterations))
         vh = v.T

@@ -2,9 +2,12 @@
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -13,17 +16,18 @@ class ModulesToSaveWrapper(nn.Module):
     The original stays as it is, so a weight that is tied to another layer's isn't trained there too.
     """
 
-    def __init__(self, original_module: nn.Module, adapter_name: str) -> None:
+    def __init__(self, original_module: nn.Module, adapter_name: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: dict[str, float] = {}
         self.lora_enabled = True
-        self.add_copy(adapter_name)
+        self.add_copy(adapter_name, dtype)
         self.train(original_module.training)
 
-    def add_copy(self, adapter_name: str) -> None:
-        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+    def add_copy(self, adapter_name: str, dtype: torch.dtype | None = None) -> None:
+        """A copy that trains, in `dtype`: small steps would be rounded away in half precision."""
+        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module).to(dtype)
 
     @property
     def active_module(self) -> nn.Module:
@@ -36,7 +40,13 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[names[0]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.active_module(*args, **kwargs)
+        """What goes into a copy is cast to its dtype, and what comes out to the original's."""
+        active = self.active_module
+        own, trained = _dtype(self.original_module), _dtype(active)
+        if own is None or trained is None or own == trained:
+            return active(*args, **kwargs)
+        args, kwargs = tree_map(partial(_cast, dtype=trained), (args, kwargs))
+        return tree_map(partial(_cast, dtype=own), active(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         """What a model asks of the module it put here (`embed_tokens.weight`) is the active one's."""
@@ -46,6 +56,14 @@ class ModulesToSaveWrapper(nn.Module):
             if name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self.active_module, name)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:

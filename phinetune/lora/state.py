@@ -5,16 +5,15 @@ parameter nor a bias.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from phinetune.lora.biases import Bias, bias_names
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import saved_modules
-
-Bias = Literal["none", "all", "lora_only"]
 
 
 class Loaded(NamedTuple):
@@ -59,7 +58,7 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], *, 
     Raises:
         RuntimeError: listing every missing, unexpected or misshapen key; the model is unchanged.
     """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     renamed = {_own_key(key, own): value for key, value in state_dict.items()}
     missing = sorted(_lora_tensors(model).keys() - renamed.keys())
     unexpected = sorted(renamed.keys() - own.keys())
@@ -87,26 +86,6 @@ def enable_input_require_grads(model: nn.Module) -> list[RemovableHandle]:
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.requires_grad_()
-
-
-def bias_names(model: nn.Module, bias: Bias) -> list[str]:
-    """The biases that train under a choice of `bias`.
-
-    Raises:
-        ValueError: for another choice.
-    """
-    if bias not in get_args(Bias):
-        raise ValueError(f"bias={bias!r}: must be one of {', '.join(get_args(Bias))}")
-    if bias == "none":
-        return []
-    wrapped = tuple(f"{path}." for path, _ in saved_modules(model))  # they train whole, or not at all
-    return [
-        f"{path}.bias" if path else "bias"
-        for path, module in model.named_modules()
-        if module._parameters.get("bias") is not None
-        and not path.startswith(wrapped)
-        and (bias == "all" or (isinstance(module, LoRALayer) and module.has_lora))
-    ]
 
 
 def _lora_tensors(model: nn.Module, active_only: bool = False) -> dict[str, Tensor]:

@@ -60,7 +60,10 @@ def find_targets(
     for excluded in _each(exclude_modules):
         if not any(matches(name, excluded) for name in _with_parts(adaptable, fused)):
             raise TargetError(f"exclude_modules: {_shown(excluded)} matches none of {own_names(adaptable)}")
-    free = {name: module for name, module in adaptable.items() if not _inside(name, modules_to_save)}
+    whole = whole_modules(model, modules_to_save)
+    free = {
+        name: module for name, module in adaptable.items() if not f"{name}.".startswith(tuple(f"{w}." for w in whole))
+    }
     if target_modules == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         linears = [n for n, m in free.items() if lora_class(m) is Linear and m is not head]
@@ -90,16 +93,33 @@ def find_targets(
         targets = _in_layers(targets, layers_to_transform, layers_pattern)
     if not targets:
         raise TargetError("exclude_modules leaves nothing of target_modules: exclude less")
+    if "" in targets:
+        raise TargetError("the model is itself the layer, and can't be replaced in place: use lora.Linear.from_base")
     for name in targets:
         _check_reachable(model, name, target_modules)
     return targets
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer has its weight as (in, out), as transformers' Conv1D does."""
+    return type(module).__name__ == "Conv1D" or bool(getattr(module, "fan_in_fan_out", False))
+
+
 def lora_class(module: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for a plain one; None if there is none. transformers' Conv1D is a linear layer."""
-    if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
+    if type(module).__name__ == "Conv1D":
         return Linear
     return next((own for plain, own in KINDS.items() if isinstance(module, plain)), None)
+
+
+def whole_modules(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """The outermost modules whose names end in one of these, PEFT's rule: "norm" means input_layernorm too."""
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not inside and name.endswith(tuple(modules_to_save)):
+            found.append(name)
+    return found
 
 
 def matches(name: str, targets: Names | None) -> bool:
@@ -174,6 +194,8 @@ def _check_reachable(model: nn.Module, name: str, target_modules: Names) -> None
     mend = "list it under exclude_modules" if target_modules == ALL_LINEAR else "leave it out of target_modules"
     if isinstance(parent, nn.MultiheadAttention):
         raise TargetError(f"{name}: nn.MultiheadAttention reads this weight without calling the layer; {mend}")
+    if "forward" in module.__dict__:
+        raise TargetError(f"{name}: its forward was replaced (by accelerate's hooks, say); adapt the model before that")
     plain = next((plain for plain in KINDS if isinstance(module, plain)), None)
     if plain is not None and type(module).forward is not plain.forward and not isinstance(module, LoRALayer):
         raise TargetError(f"{name}: {type(module).__name__} computes in a way of its own; {mend}")
@@ -184,12 +206,6 @@ def _each(names: Names | None) -> list[Names]:
     if names is None:
         return []
     return [names] if isinstance(names, str) else [[name] for name in names]
-
-
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    """Whether a layer is one of these modules or lies in one."""
-    path = name.split(".")
-    return any(matches(".".join(path[: depth + 1]), modules) for depth in range(len(path)))
 
 
 def _sibling(name: str, part: str) -> str:

@@ -98,7 +98,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def newest_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose manifest holds; damaged ones are named and passed over."""
     for work in folder.glob(".tmp-checkpoint-*"):  # a save that was cut short
-        shutil.rmtree(work, ignore_errors=True)
+        final = folder / work.name.removeprefix(".tmp-").removesuffix("-old")
+        if work.name.endswith("-old") and not final.exists():  # between its two renames
+            work.rename(final)
+        else:
+            shutil.rmtree(work, ignore_errors=True)
     for path in list_checkpoints(folder):
         fault = find_fault(path)
         if fault is None:

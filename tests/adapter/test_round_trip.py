@@ -300,7 +300,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
         load_adapter(other, tmp_path)
     message = str(error.value)
     assert "embed has A (8, 20)" in message
-    assert "blocks.0.up has a bias, which the model's layer has not" in message
+    assert "blocks.0.up has a bias of 10, which the model's layer has not" in message
     assert "head.bias has shape (5,), the model's is (6,)" in message
     assert dict(other.named_modules()) == modules
 
@@ -311,3 +311,79 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path):
     legacy = nn.Sequential(lora.Conv2d(2, 2, 3, r=2))
     with pytest.raises(AdapterError, match="no PEFT form"):
         save_adapter(legacy, tmp_path, "legacy")
+
+
+def test_a_head_tied_to_the_embeddings_trains_apart_and_comes_back(tmp_path):
+    def tied():
+        return tiny_model("llama", "sdpa", tie_word_embeddings=True)
+
+    ours, base = tied(), answer(tied())
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    lora.adapt(ours, ["q_proj"], r=2, modules_to_save=["lm_head"])
+    draw(ours, 0.05)
+    assert torch.equal(ours.model.embed_tokens.weight, tied().model.embed_tokens.weight)
+    save_adapter(ours, tmp_path, "tiny")
+    for load in (load_adapter, lambda model, folder: quietly(peft.PeftModel.from_pretrained, model, folder)):
+        again = tied()
+        load(again, tmp_path)
+        torch.testing.assert_close(answer(again), answer(ours), rtol=1e-5, atol=1e-5)
+    again = tied()
+    load_adapter(again, tmp_path)
+    load_adapter(again, tmp_path, adapter_name="second")
+    lora.set_adapter(again, "second")
+    torch.testing.assert_close(answer(again), answer(ours), rtol=1e-5, atol=1e-5)
+    with lora.disabled(again):
+        assert torch.equal(answer(again), base)
+    lora.load_lora_state_dict(tied_again := tied(), tied().state_dict())
+    assert torch.equal(answer(tied_again), base)
+
+
+def test_modules_to_save_are_endings_as_in_peft(tmp_path):
+    theirs = peft.get_peft_model(
+        tiny_model("llama", "sdpa"), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    )
+    draw(theirs, 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = tiny_model("llama", "sdpa")
+    load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(answer(ours), answer(theirs), rtol=1e-5, atol=1e-5)
+    one = tiny_model("llama", "sdpa")
+    lora.adapt(one, ["q_proj"], modules_to_save=["model.norm"])
+    draw(one, 0.05)
+    save_adapter(one, tmp_path, "tiny")
+    again = peft.PeftModel.from_pretrained(tiny_model("llama", "sdpa"), tmp_path)
+    torch.testing.assert_close(answer(again), answer(one), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pattern_for_a_top_layer_does_not_reach_its_namesakes(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.block = nn.Linear(4, 4), nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)})
+
+        def forward(self, ids):
+            return self.block["fc2"](self.block["fc1"](self.fc1(ids.float()[..., :4])))
+
+    def nested():
+        torch.manual_seed(0)
+        return Nested().requires_grad_(False)
+
+    ours = nested()
+    lora.adapt(ours, ["fc1", "fc2"], r=2, lora_alpha=2, alpha_pattern={"^fc1": 16}, rank_pattern={"^fc1": 3})
+    assert (ours.fc1.scaling, ours.block["fc1"].scaling) == (16 / 3, 1)
+    draw(ours)
+    save_adapter(ours, tmp_path, "nested")
+    again = nested()
+    load_adapter(again, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(nested(), tmp_path)
+    for model in (again, theirs):
+        torch.testing.assert_close(answer(model), answer(ours), rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_that_peft_computes_differently_are_refused(tmp_path):
+    for kwargs in ({"dilation": 2}, {"padding_mode": "circular", "padding": 1}):
+        model = nn.Sequential(nn.Conv1d(2, 2, 3, **kwargs))
+        lora.adapt(model, ["0"])
+        with pytest.raises(AdapterError, match="PEFT computes dilated or non-zero-padded convolutions differently"):
+            save_adapter(model, tmp_path, "conv")
+    assert not list(tmp_path.iterdir())

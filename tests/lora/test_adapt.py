@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import draw_lora_B, tiny_model
+from conftest import draw_lora_B, relative_error, tiny_model
 
 from phinetune import lora
 from phinetune.model import fused_parts
@@ -135,6 +135,96 @@ def test_fuse_gives_the_adapted_logits_and_unfuse_the_same_base(family):
     lora.unload(model)
     assert not list(lora.lora_layers(model))
     torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bias": "some"}, "bias='some': must be one of"),
+        ({"r": 0}, "r=0 adapts nothing"),
+        ({"r": -1}, "r=-1: a LoRA rank is 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout=1.0: must be in \[0, 1\)"),
+        ({"init_lora_weights": "pisa"}, "init_lora_weights='pisa': must be true"),
+        (
+            {"init_lora_weights": "pissa", "r": 2, "target_modules": ["0", "2"]},
+            "2: init_lora_weights='pissa' is for linear",
+        ),
+        ({"init_lora_weights": "pissa", "r": 2, "lora_alpha": -1}, "which must be above 0"),
+        ({"init_lora_weights": "olora", "r": 5}, r"r=5 is more than the rank of a \(4, 4\) weight"),
+        ({"adapter_name": "a.b"}, "letters, digits, _ and - only"),
+        (
+            {"target_modules": r"[01]", "layers_to_transform": [1]},
+            "layers_to_transform is for target_modules as a list",
+        ),
+        ({"layers_pattern": "h"}, "give layers_to_transform with it"),
+        ({"target_modules": ["0"], "exclude_modules": ["0"]}, "exclude_modules leaves nothing"),
+    ],
+)
+def test_what_can_not_be_done_changes_nothing(settings, message):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Conv1d(4, 4, 3))
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=message):
+        lora.adapt(model, **{"target_modules": ["0"], **settings})
+    assert dict(model.named_modules()) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_that_would_be_adapted_in_vain_are_refused():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), Scaled(4, 4))
+    with pytest.raises(lora.TargetError, match="1: Scaled computes in a way of its own; list it under exclude_modules"):
+        lora.adapt(model)
+    assert lora.adapt(model, exclude_modules=["1"]) == ["0"]
+    hooked = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    hooked[0].forward = hooked[0].forward
+    with pytest.raises(lora.TargetError, match="0: its forward was replaced"):
+        lora.adapt(hooked)
+    with pytest.raises(lora.TargetError, match="the model is itself the layer"):
+        lora.adapt(torch.nn.Linear(4, 4))
+
+
+def test_layers_to_transform_as_in_peft():
+    import peft
+
+    for settings in ({"layers_to_transform": [1]}, {"layers_to_transform": 0, "layers_pattern": "layers"}):
+        model = tiny_model("llama")
+        names = lora.adapt(model, ["q_proj", "up_proj"], r=2, **settings)
+        theirs = peft.get_peft_model(
+            tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **settings)
+        )
+        assert {f"base_model.model.{name}.lora_A" for name in names} == {
+            name for name, _ in theirs.named_modules() if name.endswith("lora_A")
+        }
+    with pytest.raises(lora.TargetError, match=r"no adapted layer has the number 7; there are \[0, 1\]"):
+        lora.adapt(tiny_model("llama"), ["q_proj"], layers_to_transform=[0, 7])
+
+
+def test_all_but_a_part_of_a_fused_layer():
+    model = tiny_model("phi3")
+    lora.adapt(model, "all-linear", r=2, fused=fused_parts(model.config), exclude_modules=["k_proj", "gate_up_proj"])
+    assert model.model.layers[0].self_attn.qkv_proj.enable_lora == [True, False, True]
+    assert type(model.model.layers[0].self_attn.o_proj) is lora.Linear
+    assert type(model.model.layers[0].mlp.gate_up_proj) is torch.nn.Linear
+
+
+def test_in_half_precision_everything_that_trains_may_train_in_fp32():
+    model = tiny_model("llama", attention_bias=True).to(torch.bfloat16)
+    ids = torch.randint(0, 1000, (1, 9))
+    expected = model(ids).logits
+    lora.adapt(model, ["q_proj"], r=2, modules_to_save=["norm", "lm_head"], bias="lora_only", dtype=torch.float32)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert relative_error(model(ids).logits.detach(), expected.detach()) < 1e-2
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)  # a step that bfloat16 weights near 1 would not show
+    before = model.model.norm.weight.clone()
+    model(ids).logits.float().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.model.norm.weight, before)
+    lora.unload(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32, torch.bfloat16}
 
 
 def test_the_lora_room_needs_torch_alone():

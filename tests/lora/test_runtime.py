@@ -280,3 +280,95 @@ def test_torchs_fused_encoder_layer_does_not_pass_the_adapters_by():
         torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(lora.TargetError, match="MultiheadAttention reads this weight without calling the layer"):
         lora.adapt(nn.TransformerEncoderLayer(8, 2, 16), "all-linear", r=2)
+
+
+def test_autocast_does_not_round_the_merged_weight():
+    """And DoRA's norms, which every training step needs."""
+    torch.manual_seed(0)
+    for use_dora in (False, True):
+        layer = lora.Linear(64, 64, r=4, use_dora=use_dora, bias=False)
+        nn.init.normal_(layer.lora_B)
+        expected, scale = layer.merge_weight(), layer._dora_scale("default") if use_dora else None
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            assert torch.equal(layer.merge_weight(), expected)
+            layer.eval()
+            assert torch.equal(layer._merged_weight(), expected)
+            if use_dora:
+                assert torch.equal(layer._dora_scale("default"), scale)
+
+
+def test_small_changes_of_doras_magnitude_are_not_rounded_away():
+    torch.manual_seed(0)
+    layer = lora.Linear(64, 64, r=4, use_dora=True, bias=False).to(torch.bfloat16)
+    layer.lora_magnitude_vector.data = layer.lora_magnitude_vector.data.float() * 1.002
+    x = torch.randn(4096, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain, tuned = x.float() @ layer.weight.float().T, layer(x).float()
+    ratio = (plain * tuned).sum() / (plain * plain).sum()
+    assert ratio.item() == pytest.approx(1.002, abs=3e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]
+)
+def test_a_base_that_comes_later_begins_what_depends_on_it_anew(settings):
+    torch.manual_seed(0)
+    x, base = torch.randn(3, 8), nn.Linear(8, 8)
+    for make in (lambda layer: layer, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)).double().float()):
+        fresh = make(lora.Linear(8, 8, r=2, **settings))
+        fresh.load_state_dict(base.state_dict(), strict=False)
+        torch.testing.assert_close(fresh(x), base(x), rtol=1e-5, atol=1e-5)
+        trained = lora.Linear(8, 8, r=2, **settings)
+        with torch.no_grad():
+            for name, parameter in trained.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(0.1)
+        trained = make(trained)
+        before = {name: value.clone() for name, value in lora.lora_state_dict(trained).items()}
+        trained.load_state_dict(base.state_dict(), strict=False)
+        assert all(torch.equal(value, before[name]) for name, value in lora.lora_state_dict(trained).items())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_taken_in_eval_mode_shows(fused):
+    torch.manual_seed(0)
+    layer = lora.Linear(8, 8, r=2).eval()
+    nn.init.normal_(layer.lora_B)
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1, fused=fused)
+    x = torch.randn(3, 8)
+    for _ in range(3):
+        layer(x).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), layer._adapted(x), rtol=1e-5, atol=1e-5)
+            layer.scaling = layer.scaling * 2
+            torch.testing.assert_close(layer(x), layer._adapted(x), rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_drawn_again_are_drawn_in_the_layout_of_the_storage():
+    for settings in ({}, {"use_dora": True}, {"init_lora_weights": "pissa"}):
+        layer = lora.Linear(12, 4, r=2, fan_in_fan_out=True, **settings)
+        layer.reset_parameters()
+        assert layer.weight.shape == (12, 4)
+        assert layer.weight.is_contiguous()
+        x = torch.randn(3, 12)
+        torch.testing.assert_close(layer(x), x @ layer.weight + layer.bias, rtol=1e-5, atol=1e-5)
+
+
+def test_settings_of_parts_and_of_plain_layers():
+    layer = lora.MergedLinear(8, 9, r=2, lora_alpha=[2, 4, 8], enable_lora=[1, 1, 1])
+    assert layer.scaling == [1, 2, 4]
+    with pytest.raises(ValueError, match=r"lora_alpha=\[1, 2\]: must be one value, or one for each of 3 ranks"):
+        lora.MergedLinear(8, 9, r=[1, 2, 3], lora_alpha=[1, 2], enable_lora=[1, 1, 1])
+    with pytest.raises(ValueError, match=r"r=\[1, 2\]: must be one rank, or one for each of 3 parts"):
+        lora.MergedLinear(8, 9, r=[1, 2], enable_lora=[1, 1, 1])
+    plain = lora.Linear(8, 8, lora_alpha=4)
+    assert (plain.r, plain.lora_alpha, plain.has_lora) == (0, 4, False)
+    whole = lora.MergedLinear.from_base(nn.Linear(8, 8), r=4)
+    assert "enable_lora=[True]" in repr(whole)
+    off = lora.Linear(8, 8, r=2)
+    nn.init.normal_(off.lora_B)
+    off.scaling = 0
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(off(x), nn.functional.linear(x, off.weight, off.bias))
+    assert not off.product().lora_B.any()

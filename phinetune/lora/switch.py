@@ -1,17 +1,16 @@
 """The adapters of a model: which there are, which are on, and folding them into the weights and out again."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
+from phinetune.lora.biases import accept_trained_biases, base_biases, forget_trained_biases, trained_biases
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper, saved_modules
 from phinetune.lora.targets import TargetError
 
 Adapters = str | Sequence[str] | Mapping[str, float]
-
-BASE_BIAS = "lora_base_bias"
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
@@ -42,9 +41,11 @@ def set_adapter(model: nn.Module, adapters: Adapters) -> None:
     Several are added up: y = x Wᵀ + Σ weight · s · x Aᵀ Bᵀ.
 
     Raises:
-        TargetError: if the model has no adapter of a name; nothing is changed.
+        TargetError: if the model has no adapter of a name, or none is given; nothing is changed.
     """
     weights = _weights(adapters)
+    if not weights:
+        raise TargetError("no adapter is named: for the base, use lora.disabled(model)")
     if unknown := weights.keys() - set(adapter_names(model)):
         raise TargetError(f"no adapter is called {', '.join(map(repr, unknown))}: there are {adapter_names(model)}")
     for holder in _holders(model):
@@ -58,16 +59,19 @@ def set_adapter(model: nn.Module, adapters: Adapters) -> None:
                 for own in holder.lora_tensors(name):
                     if own in holder._parameters:
                         holder.get_parameter(own).requires_grad_(name in weights)
+    for name in trained_biases(model):
+        model.get_parameter(name).requires_grad_(True)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Drops an adapter; the layers stay, plain where they have no other.
+    """Drops an adapter, with the biases that train; the layers stay, plain where they have no other.
 
     Raises:
         TargetError: if there is none of that name.
     """
     if adapter_name not in adapter_names(model):
         raise TargetError(f"no adapter is called {adapter_name!r}: there are {adapter_names(model)}")
+    forget_trained_biases(model)
     for holder in list(_holders(model)):
         if isinstance(holder, ModulesToSaveWrapper):
             if adapter_name in holder.modules_to_save:
@@ -106,17 +110,12 @@ def _switched(model: nn.Module, on: bool) -> Iterator[None]:
     before = [(holder, holder.lora_enabled) for holder in _holders(model)]
     for holder, _ in before:
         holder.lora_enabled = on
-    kept = [module for module in model.modules() if BASE_BIAS in module._buffers] if not on else []
-    tuned = [module.get_parameter("bias").data for module in kept]
-    for module in kept:
-        module.get_parameter("bias").data = module.get_buffer(BASE_BIAS)
     try:
-        yield
+        with nullcontext() if on else base_biases(model):
+            yield
     finally:
         for holder, was_on in before:
             holder.lora_enabled = was_on
-        for module, bias in zip(kept, tuned, strict=True):
-            module.get_parameter("bias").data = bias
 
 
 def fuse(model: nn.Module) -> None:
@@ -146,31 +145,26 @@ def fused(model: nn.Module) -> Iterator[None]:
 
 
 def unload(model: nn.Module) -> None:
-    """Replaces every LoRA layer by a plain one that holds W + ΔW: the reverse of `adapt`, tuned."""
-    for name, layer in list(lora_layers(model)):
+    """Replaces every LoRA layer by a plain one that holds W + ΔW: the reverse of `adapt`, tuned.
+
+    An adapted embedding that was tied to the head isn't any more: set `config.tie_word_embeddings` to False before a
+    transformers model is saved.
+    """
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
         replace_module(model, name, layer.to_base())
     for name, wrapper in list(saved_modules(model)):
         replace_module(model, name, wrapper.active_module)
-    for module in model.modules():
-        module._buffers.pop(BASE_BIAS, None)
-
-
-def keep_base_biases(model: nn.Module, biases: Sequence[str]) -> None:
-    """Remembers biases as they are before they train, so that `disabled` is the base. Not part of a state dict."""
-    for name in biases:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if BASE_BIAS not in owner._buffers:
-            owner.register_buffer(BASE_BIAS, owner.get_parameter("bias").detach().clone(), persistent=False)
-
-
-def kept_biases(model: nn.Module) -> list[str]:
-    """The biases that train."""
-    owners = [path for path, module in model.named_modules() if BASE_BIAS in module._buffers]
-    return [f"{path}.bias" if path else "bias" for path in owners]
+    accept_trained_biases(model)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `name` points to."""
+    """Puts `module` where `name` points to.
+
+    Raises:
+        TargetError: if that is the model itself.
+    """
+    if not name:
+        raise TargetError("the model is itself the layer, and can't be replaced in place: use from_base or to_base")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
