@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test test-slow check format build clean
+.PHONY: install demo test test-slow bench-lora check format build clean
 
 install: .venv/installed
 
@@ -27,6 +27,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+bench-lora: install
+	$(BIN)/python benchmarks/lora_linear.py --dtype float32
+	$(BIN)/python benchmarks/lora_linear.py --dtype bfloat16 --rounds 1
 
 check: install
 	$(BIN)/ruff check .

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phinetune.kernels.products import add_product_, product
+
 
 class Block(NamedTuple):
     """One low-rank product: the rows of y it adds to, its rows of A, its elements of B, what it is scaled by."""
@@ -134,11 +136,11 @@ class _LoRALinear(torch.autograd.Function):
         x_TK = x.reshape(-1, x.shape[-1])
         A_RK, cast_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         keep_TK = torch.empty_like(x_TK, dtype=torch.bool).bernoulli_(1 - dropout_p) if dropout_p > 0 else None
-        thin_TR = _dropped(x_TK, keep_TK, dropout_p) @ A_RK.T
+        thin_TR = product(_dropped(x_TK, keep_TK, dropout_p), A_RK.T)
 
-        y_TN = F.linear(x_TK, weight, bias)
+        y_TN = product(x_TK, weight.T, bias)
         for block in blocks:
-            y_TN[:, block.out].addmm_(thin_TR[:, block.a], block.read_B(cast_B).T, alpha=block.scaling)
+            add_product_(y_TN[:, block.out], thin_TR[:, block.a], block.read_B(cast_B).T, block.scaling)
 
         ctx.save_for_backward(x, weight, lora_A, lora_B, thin_TR, keep_TK)
         ctx.blocks, ctx.dropout_p, ctx.has_bias = blocks, dropout_p, bias is not None
@@ -156,21 +158,21 @@ class _LoRALinear(torch.autograd.Function):
         if need_B:
             dB = cast_B.new_empty(cast_B.shape)
             for block in ctx.blocks:
-                block.read_B(dB).copy_((dy_TN[:, block.out].T @ thin_TR[:, block.a]).mul_(block.scaling))
+                block.read_B(dB).copy_(product(dy_TN[:, block.out].T, thin_TR[:, block.a]).mul_(block.scaling))
         if need_A or need_x:
             dthin_TR = torch.empty_like(thin_TR)
             for block in ctx.blocks:
-                dthin_TR[:, block.a] = (dy_TN[:, block.out] @ block.read_B(cast_B)).mul_(block.scaling)
+                dthin_TR[:, block.a] = product(dy_TN[:, block.out], block.read_B(cast_B)).mul_(block.scaling)
         if need_A:
-            dA_RK = dthin_TR.T @ _dropped(x_TK, keep_TK, ctx.dropout_p)
+            dA_RK = product(dthin_TR.T, _dropped(x_TK, keep_TK, ctx.dropout_p))
         if need_x:
-            dx_TK = dy_TN @ weight
+            dx_TK = product(dy_TN, weight)
             if keep_TK is None:
-                dx_TK.addmm_(dthin_TR, A_RK)
+                add_product_(dx_TK, dthin_TR, A_RK)
             else:
-                dx_TK += _dropped(dthin_TR @ A_RK, keep_TK, ctx.dropout_p)
+                dx_TK += _dropped(product(dthin_TR, A_RK), keep_TK, ctx.dropout_p)
         if need_weight:
-            dweight = dy_TN.T @ x_TK
+            dweight = product(dy_TN.T, x_TK)
         return (
             None if dx_TK is None else dx_TK.view_as(x),
             dweight,

@@ -193,16 +193,18 @@ class LoRALayer(nn.Module):
             raise ValueError(f"adapter_name={adapter_name!r}: the layer has an adapter of that name")
         if 0 not in self._shapes(adapter)[0]:
             self._register(adapter_name, adapter, dtype)
-            self.reset_lora_parameters(adapter_name)
+            try:
+                self.reset_lora_parameters(adapter_name)
+            except ValueError:
+                self.delete_adapter(adapter_name)
+                raise
 
     def _register(self, adapter_name: str, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
         like: dict[str, Any] = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
         shape_A, shape_B = self._shapes(adapter)
         kinds = {"lora_A": shape_A, "lora_B": shape_B}
         if adapter.use_dora:
-            kinds["lora_magnitude_vector"] = (
-                sum(len(range(self._outputs)[s]) for s in self._adapted_outputs(adapter)),
-            )
+            kinds["lora_magnitude_vector"] = (sum(s.stop - s.start for s in self._adapted_outputs(adapter)),)
         for kind, shape in kinds.items():
             self.register_parameter(tensor_name(kind, adapter_name), nn.Parameter(torch.empty(shape, **like)))
         if adapter.begins_at_product:
@@ -339,8 +341,7 @@ class LoRALayer(nn.Module):
         noticed, as nowhere in torch: call `merge` again behind one.
         """
         if self.active_adapters:
-            with full_precision(self.weight.device):
-                self._merged = self.merge_weight(), self._merge_key()
+            self._merged = self.merge_weight(), self._merge_key()
 
     def unmerge(self) -> None:
         """Drops W + ΔW. The base weight was never touched, so there is nothing to subtract."""
@@ -430,9 +431,8 @@ class LoRALayer(nn.Module):
     ) -> Self:
         """Takes over a live layer's own weight and bias (no copies), its hooks and its other attributes.
 
-        Handles of its hooks remove them from the old layer only.
-
-        `settings` are those of the layer's constructor: r, lora_alpha, …; `dtype` is that of the LoRA parameters
+        Handles of its hooks remove them from the old layer only.  `settings` are those of the layer's constructor: r,
+        lora_alpha, …; `dtype` is that of the LoRA parameters
         (the base's by default).
         """
         layer = cls.__new__(cls)

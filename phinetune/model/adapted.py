@@ -1,5 +1,6 @@
 """LoRA on a loaded model, by the names of the recipe."""
 
+import logging
 from typing import Any
 
 import torch
@@ -9,13 +10,17 @@ from phinetune.errors import RecipeError
 from phinetune.model.family import fused_parts
 from phinetune.recipe import PeftConfig
 
+log = logging.getLogger(__name__)
+
 
 def adapt_model(model: Any, config: PeftConfig, seed: int) -> list[str]:
-    """Puts LoRA layers in, freshly drawn from `seed`, with parameters in fp32. Returns their names.
+    """Puts LoRA layers in, freshly drawn from `seed`; what trains does so in fp32. Returns the layers' names.
 
     Raises:
-        RecipeError: if a target matches nothing; the message lists what the model has.
+        RecipeError: if a target matches nothing (the message lists what the model has) or can't be adapted as asked.
     """
+    if config.bias == "all" and model.dtype != torch.float32:
+        log.warning(f"bias: all: biases outside adapted layers train in {model.dtype}, which rounds small steps away")
     torch.manual_seed(seed)
     try:
         names = lora.adapt(

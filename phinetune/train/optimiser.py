@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig, peft_config: Peft
         owner, _, own = name.rpartition(".")
         if ratio is None:
             lr_factor = 1.0
-        elif own.startswith("lora_") and isinstance(model.get_submodule(owner), nn.Embedding):
+        elif own.startswith(("lora_A", "lora_B")) and isinstance(model.get_submodule(owner), nn.Embedding):
             lr_factor = peft_config.loraplus_lr_embedding / config.learning_rate
         else:
             lr_factor = ratio if own.startswith("lora_B") or parameter.ndim == 1 else 1.0
