@@ -142,14 +142,20 @@ def test_ours_to_peft_and_back(variant, tmp_path):
     torch.testing.assert_close(answer(unloaded), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "pissa", "olora"])
-def test_adapters_that_peft_made(variant, tmp_path):
+def pefts_and_ours(variant, folder):
+    """A model that PEFT adapted, and ours with the adapter that it saved."""
     settings = {"r": 4, "lora_alpha": 6, **VARIANTS.get(variant, {}), **ONE_WAY.get(variant, {})}
     theirs = quietly(peft.get_peft_model, mixed(), peft.LoraConfig(**settings))
     draw(theirs)
-    quietly(theirs.save_pretrained, tmp_path)
+    quietly(theirs.save_pretrained, folder)
     ours = mixed()
-    load_adapter(ours, tmp_path)
+    load_adapter(ours, folder)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "pissa", "olora"])
+def test_adapters_that_peft_made(variant, tmp_path):
+    theirs, ours = pefts_and_ours(variant, tmp_path)
     torch.testing.assert_close(answer(ours), answer(theirs), rtol=1e-5, atol=1e-5)
     with lora.disabled(ours):
         assert torch.equal(answer(ours), answer(mixed()))
@@ -157,12 +163,7 @@ def test_adapters_that_peft_made(variant, tmp_path):
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "pissa", "olora"])
 def test_gradients_are_pefts(variant, tmp_path):
-    settings = {"r": 4, "lora_alpha": 6, **VARIANTS.get(variant, {}), **ONE_WAY.get(variant, {})}
-    theirs = quietly(peft.get_peft_model, mixed(), peft.LoraConfig(**settings))
-    draw(theirs)
-    quietly(theirs.save_pretrained, tmp_path)
-    ours = mixed()
-    load_adapter(ours, tmp_path)
+    theirs, ours = pefts_and_ours(variant, tmp_path)
     torch.manual_seed(2)
     dy = torch.randn_like(answer(ours))
     for model in (theirs, ours):
