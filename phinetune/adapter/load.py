@@ -23,10 +23,10 @@ from phinetune.adapter.peft_format import (
 )
 from phinetune.errors import AdapterError
 from phinetune.lora.adapt import add_to_layers, save_whole
-from phinetune.lora.biases import keep_base_biases, trained_biases
+from phinetune.lora.biases import is_bias, keep_base_biases, trained_biases
 from phinetune.lora.layer import DEFAULT, LoRALayer
 from phinetune.lora.modules_to_save import saved_modules
-from phinetune.lora.switch import replace_module
+from phinetune.lora.switch import replace_module, switch_off
 from phinetune.lora.targets import FusedParts, is_transposed, lora_class, whole_modules
 
 
@@ -38,7 +38,8 @@ def load_adapter(
     On a model that has adapters it comes beside them, switched off (`lora.set_adapter` switches it on).
 
     Raises:
-        AdapterError: as above, or listing what doesn't fit the model; nothing is changed.
+        AdapterError: if a file is missing or damaged, of a kind that isn't supported, or listing what doesn't fit the
+            model; nothing is changed.
     """
     config, tensors = read_adapter(folder)
     layers, others = by_layer(tensors)
@@ -46,10 +47,10 @@ def load_adapter(
     faults = [f"{name} is adapted, which the model has not" for name in layers if name not in modules]
     faults += [f for name in layers if name in modules for f in _misfits(name, modules[name], layers[name], config)]
     faults += _misplaced(model, others, config)
-    before = lora.active_adapters(model)
-    if adapter_name in lora.adapter_names(model):
+    before, there = lora.active_adapters(model), lora.adapter_names(model)
+    if adapter_name in there:
         faults.append(f"the model has an adapter {adapter_name!r} already")
-    if before and (trained_biases(model) or config.get("bias") not in (None, "none")):
+    if there and (trained_biases(model) or config.get("bias") not in (None, "none")):
         faults.append("biases train with one adapter alone, and the model has another")
     if not layers:
         faults.append("it holds no LoRA tensor")
@@ -69,7 +70,10 @@ def load_adapter(
             replace_module(model, name, layer)
         _fill(layer, adapter_name, layers[name])
     _fill_others(model, layers, others, config.get("modules_to_save") or (), adapter_name)
-    lora.set_adapter(model, before or adapter_name)
+    if before or not there:
+        lora.set_adapter(model, before or adapter_name)
+    else:
+        switch_off(model, adapter_name)
     return config
 
 
@@ -149,16 +153,14 @@ def _first_group(lora_A: Tensor, groups: int) -> Tensor:
 def _misplaced(model: nn.Module, others: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
     own = {
         name.replace(".original_module", ""): tensor
-        for named in (model.named_parameters, model.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
+        for name, tensor in model.state_dict().items()
         if ".modules_to_save." not in name
     }
     saved = whole_modules(model, config.get("modules_to_save") or ())
-    owners = {owner for name in others if (owner := _owner(name, saved))}
     needed = {name for name in own if _owner(name, saved)}
-    faults = [f"missing {PREFIX}{name}" for name in sorted(needed - others.keys())] if owners or saved else []
+    faults = [f"missing {PREFIX}{name}" for name in sorted(needed - others.keys())]
     for name, tensor in others.items():
-        if name not in own or not (name.endswith("bias") or _owner(name, saved)):
+        if name not in own or not (is_bias(name.rpartition(".")[2]) or _owner(name, saved)):
             faults.append(f"unexpected {PREFIX}{name}")
         elif own[name].shape != tensor.shape:
             faults.append(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")

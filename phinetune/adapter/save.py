@@ -83,7 +83,7 @@ def adapter_config(
         "inference_mode": True,
         "r": r,
         "lora_alpha": plain_number(lora_alpha),
-        "lora_dropout": first.lora_dropout,
+        "lora_dropout": max(layer.adapters[adapter_name].lora_dropout for layer in layers.values()),
         "bias": ("lora_only" if biased <= layers.keys() else "all") if biased else "none",
         "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "init_lora_weights": True,

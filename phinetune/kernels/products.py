@@ -7,7 +7,8 @@ we multiply panels in fp32 and round each sum once:
                  b_KN   panels of columns
                  ┌──┬──┬──┐
     a_MK  ┌───┐  │  │  │  │      each cell of y: a panel of rows of a times a panel of columns of b, both cast to
-   panels │   │  └──┴──┴──┘      fp32 while they are needed; panels and cells have about `PANEL_BYTES` each
+   panels │   │  └──┴──┴──┘      fp32 while they are needed; panels and cells have about `PANEL_BYTES` each, or
+                                   `SMALLEST_PANEL` rows where those are more
   of rows ├───┤  ┌──┬──┬──┐
           │   │  │  │  │  │ y_MN
           └───┘  └──┴──┴──┘
@@ -46,7 +47,7 @@ def add_product_(y_MN: Tensor, a_MK: Tensor, b_KN: Tensor, alpha: float = 1.0) -
 def _cells(a_MK: Tensor, b_KN: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Rows, columns and fp32 product of each pair of panels."""
     elements = PANEL_BYTES // 4
-    width = max(SMALLEST_PANEL, min(elements // a_MK.shape[1], math.isqrt(elements)))
+    width = max(SMALLEST_PANEL, min(elements // max(1, a_MK.shape[1]), math.isqrt(elements)))
     for j in range(0, b_KN.shape[1], width):
         columns = slice(j, j + width)
         panel = b_KN[:, columns].float()
@@ -56,7 +57,9 @@ def _cells(a_MK: Tensor, b_KN: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
 
 
 def _needs_panels(a_MK: Tensor) -> bool:
-    return a_MK.device.type == "cpu" and _is_emulated(a_MK.dtype) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():  # a graph should hold the product and not its panels
+        return False
+    return a_MK.device.type == "cpu" and _is_emulated(a_MK.dtype)
 
 
 @functools.cache

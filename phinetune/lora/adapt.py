@@ -12,12 +12,13 @@ from phinetune.lora.layer import DEFAULT, LoRALayer
 from phinetune.lora.linear import Linear, MergedLinear
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper
 from phinetune.lora.state import mark_only_lora_as_trainable
-from phinetune.lora.switch import active_adapters, adapter_names, replace_module, set_adapter
+from phinetune.lora.switch import active_adapters, adapter_names, lora_layers, replace_module, set_adapter
 from phinetune.lora.targets import (
     ALL_LINEAR,
     FusedParts,
     Names,
     TargetError,
+    check_reachable,
     find_targets,
     from_pattern,
     lora_class,
@@ -97,8 +98,12 @@ def adapt(
             raise TargetError(f"modules_to_save: no module's name ends in {name!r}")
     if adapter_name in adapter_names(model):
         raise TargetError(f"adapter_name={adapter_name!r}: the model has an adapter of that name")
-    if before and (bias != "none" or trained_biases(model)):
-        raise TargetError(f"biases train with one adapter alone, and the model has {', '.join(before)}")
+    there = adapter_names(model)
+    if there and (bias != "none" or trained_biases(model)):
+        raise TargetError(f"biases train with one adapter alone, and the model has {', '.join(there)}")
+    for name in whole_modules(model, to_save):
+        if adapted_within := [n for n, _ in lora_layers(model) if f"{n}.".startswith(f"{name}.")]:
+            raise TargetError(f"modules_to_save: {name} has another adapter's LoRA on {adapted_within[0]}")
 
     settings: dict[str, Any] = {
         "lora_dropout": lora_dropout,
@@ -140,16 +145,20 @@ def add_to_layers(
     """
     layers: dict[str, LoRALayer] = {}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for name in settings:
+        check_reachable(model, name)
     try:
         for name, own in settings.items():
             layers[name] = _with_adapter(model.get_submodule(name), adapter_name, own, dtype)
-    except ValueError as error:
+    except Exception as error:
         for made, layer in layers.items():
             if layer is model.get_submodule(made):
                 layer.delete_adapter(adapter_name)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
-        raise TargetError(f"{name}: {error}") from None
+        if isinstance(error, ValueError):
+            raise TargetError(f"{name}: {error}") from None
+        raise
     return layers
 
 

@@ -1,7 +1,7 @@
 """Biases that train beside an adapter, and the base's own, kept so that the base can still be had."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -12,11 +12,17 @@ from phinetune.lora.modules_to_save import saved_modules
 
 Bias = Literal["none", "all", "lora_only"]
 
+_TUNED = "_lora_tuned_"  # in front of its name: an attribute with what it is now, while the base's is in its place
 _BASE = "lora_base_"  # in front of a bias's name: a buffer with what it was before it trained
 
 
+def is_bias(own_name: str) -> bool:
+    """By a parameter's own name: bias, bias_ih_l0, in_proj_bias; nothing of the path before it."""
+    return own_name.startswith("bias") or own_name.endswith("_bias")
+
+
 def bias_names(model: nn.Module, bias: Bias) -> list[str]:
-    """The biases that train under a choice of `bias`: parameters called bias, bias_… or …_bias (`in_proj_bias`).
+    """The biases that train under a choice of `bias`.
 
     Raises:
         ValueError: for another choice.
@@ -31,7 +37,7 @@ def bias_names(model: nn.Module, bias: Bias) -> list[str]:
         for path, module in model.named_modules()
         for own, parameter in module._parameters.items()
         if parameter is not None
-        and (own.startswith("bias") or own.endswith("_bias"))
+        and is_bias(own)
         and not path.startswith(wrapped)
         and (bias == "all" or (isinstance(module, LoRALayer) and module.has_lora))
     ]
@@ -69,18 +75,31 @@ def accept_trained_biases(model: nn.Module) -> None:
         del module._buffers[_BASE + own]
 
 
-@contextmanager
-def base_biases(model: nn.Module) -> Iterator[None]:
+def base_biases(model: nn.Module) -> AbstractContextManager[None]:
     """The model with the base's biases, for the length of a `with` block."""
-    tuned = [(module.get_parameter(own), module.get_buffer(_BASE + own)) for _, module, own in _kept(model)]
-    values = [bias.data for bias, _ in tuned]
-    for bias, base in tuned:
-        bias.data = base
+    return _biases(model, _BASE)
+
+
+def tuned_biases(model: nn.Module) -> AbstractContextManager[None]:
+    """The model with the biases that trained, inside a block of `base_biases` too."""
+    return _biases(model, _TUNED)
+
+
+@contextmanager
+def _biases(model: nn.Module, which: str) -> Iterator[None]:
+    kept = [(module, _TUNED + own, own, module.get_parameter(own)) for _, module, own in _kept(model)]
+    outermost = [note not in module.__dict__ for module, note, _, _ in kept]
+    before = [bias.data for _, _, _, bias in kept]
+    for module, note, own, bias in kept:
+        tuned = module.__dict__.setdefault(note, bias.data)
+        bias.data = tuned if which == _TUNED else module.get_buffer(_BASE + own)
     try:
         yield
     finally:
-        for (bias, _), value in zip(tuned, values, strict=True):
+        for (module, note, _, bias), value, first in zip(kept, before, outermost, strict=True):
             bias.data = value
+            if first:
+                del module.__dict__[note]
 
 
 def _kept(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

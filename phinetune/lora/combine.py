@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from phinetune.lora.biases import trained_biases
 from phinetune.lora.layer import LoRALayer, Product
 from phinetune.lora.modules_to_save import saved_modules
 from phinetune.lora.switch import adapter_names, lora_layers
@@ -61,10 +62,16 @@ def add_weighted_adapter(
     if len(adapters) != len(weights) or not adapters:
         raise TargetError(f"{len(adapters)} adapters and {len(weights)} weights: give a weight for each")
     prunes = combination_type.removesuffix("_svd") in FACTORWISE[1:]
+    if svd_rank is not None and (svd_rank < 1 or "svd" not in combination_type):
+        raise TargetError(f"svd_rank={svd_rank}: a rank of 1 or more, for a combination by SVD")
+    if density is not None and not prunes:
+        raise TargetError(f"density={density}: {combination_type} prunes nothing")
     if prunes and (density is None or not 0 < density <= 1):
         raise TargetError(f"density={density}: {combination_type} keeps a share of the entries, above 0 and up to 1")
     if majority_sign_method not in get_args(SignMethod):
         raise TargetError(f"majority_sign_method={majority_sign_method!r}: must be total or frequency")
+    if trained_biases(model):
+        raise TargetError("bias: trained biases can't be combined")
     for path, wrapper in saved_modules(model):
         if any(name in wrapper.modules_to_save for name in adapters):
             raise TargetError(f"modules_to_save: {path} was trained whole, and whole modules can't be combined")

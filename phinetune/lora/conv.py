@@ -72,11 +72,11 @@ class _ConvNd(LoRALayer):
         self.reset_parameters()  # a second time, as loralib does: the same seed gives the same layer
 
     def make_adapter(self, **given: Any) -> Adapter:
-        if Adapter(r=1, init_lora_weights=given.get("init_lora_weights", True)).begins_at_product:
-            raise ValueError(f"init_lora_weights={given['init_lora_weights']!r} is for linear layers alone")
         if given.get("layout", "peft") not in ("peft", "loralib"):
             raise ValueError(f"layout={given['layout']!r}: must be loralib or peft")
-        return Adapter(**given)
+        adapter = Adapter(**given)
+        adapter.refuse("pissa", "olora", of="convolutions")
+        return adapter
 
     def _shapes(self, adapter: Adapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
         r, last = adapter.r, self.kernel_size[-1]

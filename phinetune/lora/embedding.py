@@ -23,7 +23,7 @@ class Embedding(LoRALayer, nn.Embedding):
         input (...), output (..., embedding_dim), `lora_A` (r, num_embeddings), `lora_B` (embedding_dim, r).
 
     Raises:
-        ValueError: for a negative r or an `init_lora_weights` that isn't meant for embeddings.
+        ValueError: for a negative r or another `init_lora_weights`.
     """
 
     _plain_type = nn.Embedding
@@ -62,9 +62,9 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def make_adapter(self, **given: Any) -> Adapter:
         given.pop("lora_dropout", None)
-        if Adapter(r=1, init_lora_weights=given.get("init_lora_weights", True)).begins_at_product:
-            raise ValueError(f"init_lora_weights={given['init_lora_weights']!r} is for linear layers alone")
-        return Adapter(**given)
+        adapter = Adapter(**given)
+        adapter.refuse("pissa", "olora", "gaussian", of="embeddings")
+        return adapter
 
     def _shapes(self, adapter: Adapter) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (adapter.r, self.num_embeddings), (self.embedding_dim, adapter.r)  # type: ignore[return-value]

@@ -69,6 +69,11 @@ class Adapter:
         """PiSSA and OLoRA begin at B₀A₀ ≠ 0 and take it off the base: W + s·(BA − B₀A₀)."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian"
 
+    def refuse(self, *initialisations: str, of: str) -> None:
+        """Raises ValueError for initialisations that a kind of layer doesn't have."""
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(initialisations):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} isn't an initialisation of {of}")
+
     def _scale(self, lora_alpha: float, r: int) -> float:
         """alpha / r, or alpha / √r where rank-stabilised (Kalajdzievski, 2023)."""
         return lora_alpha / (math.sqrt(r) if self.use_rslora else r)

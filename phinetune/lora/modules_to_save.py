@@ -39,6 +39,10 @@ class ModulesToSaveWrapper(nn.Module):
             raise ValueError(f"modules_to_save of {', '.join(names)} can't be added up: activate one of them")
         return self.modules_to_save[names[0]]
 
+    def unwrap(self) -> nn.Module:
+        """The active module, in the original's dtype."""
+        return self.active_module.to(_dtype(self.original_module))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What goes into a copy is cast to its dtype, and what comes out to the original's."""
         active = self.active_module

@@ -1,11 +1,17 @@
 """The adapters of a model: which there are, which are on, and folding them into the weights and out again."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from torch import nn
 
-from phinetune.lora.biases import accept_trained_biases, base_biases, forget_trained_biases, trained_biases
+from phinetune.lora.biases import (
+    accept_trained_biases,
+    base_biases,
+    forget_trained_biases,
+    trained_biases,
+    tuned_biases,
+)
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper, saved_modules
 from phinetune.lora.targets import TargetError
@@ -48,6 +54,12 @@ def set_adapter(model: nn.Module, adapters: Adapters) -> None:
         raise TargetError("no adapter is named: for the base, use lora.disabled(model)")
     if unknown := weights.keys() - set(adapter_names(model)):
         raise TargetError(f"no adapter is called {', '.join(map(repr, unknown))}: there are {adapter_names(model)}")
+    if trained_biases(model) and any(weight != 1 for weight in weights.values()):
+        raise TargetError("trained biases can't be weighted: give the adapter a weight of 1")
+    for path, wrapper in saved_modules(model):
+        mine = {name: weight for name, weight in weights.items() if name in wrapper.modules_to_save}
+        if len(mine) > 1 or any(weight != 1 for weight in mine.values()):
+            raise TargetError(f"modules_to_save: {path} was trained whole, and can't be weighted or added up: {mine}")
     for holder in _holders(model):
         if isinstance(holder, ModulesToSaveWrapper):
             holder.active_adapters = {n: w for n, w in weights.items() if n in holder.modules_to_save}
@@ -63,15 +75,30 @@ def set_adapter(model: nn.Module, adapters: Adapters) -> None:
         model.get_parameter(name).requires_grad_(True)
 
 
+def switch_off(model: nn.Module, adapter_name: str) -> None:
+    """Takes an adapter out of those that are active, and freezes it."""
+    for holder in _holders(model):
+        holder.active_adapters = {n: w for n, w in holder.active_adapters.items() if n != adapter_name}
+        if isinstance(holder, ModulesToSaveWrapper):
+            if adapter_name in holder.modules_to_save:
+                holder.modules_to_save[adapter_name].requires_grad_(False)
+        else:
+            for tensor in holder.lora_tensors(adapter_name).values():
+                tensor.requires_grad_(False)
+
+
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Drops an adapter, with the biases that train; the layers stay, plain where they have no other.
+    """Drops an adapter, and with the last one the biases that train; the layers stay, plain where they have no other.
+
+    Where it was the only active one, none is: switch another on with `set_adapter`.
 
     Raises:
         TargetError: if there is none of that name.
     """
     if adapter_name not in adapter_names(model):
         raise TargetError(f"no adapter is called {adapter_name!r}: there are {adapter_names(model)}")
-    forget_trained_biases(model)
+    if adapter_names(model) == [adapter_name]:
+        forget_trained_biases(model)
     for holder in list(_holders(model)):
         if isinstance(holder, ModulesToSaveWrapper):
             if adapter_name in holder.modules_to_save:
@@ -111,7 +138,7 @@ def _switched(model: nn.Module, on: bool) -> Iterator[None]:
     for holder, _ in before:
         holder.lora_enabled = on
     try:
-        with nullcontext() if on else base_biases(model):
+        with tuned_biases(model) if on else base_biases(model):
             yield
     finally:
         for holder, was_on in before:
@@ -153,7 +180,7 @@ def unload(model: nn.Module) -> None:
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
         replace_module(model, name, layer.to_base())
     for name, wrapper in list(saved_modules(model)):
-        replace_module(model, name, wrapper.active_module)
+        replace_module(model, name, wrapper.unwrap())
     accept_trained_biases(model)
 
 

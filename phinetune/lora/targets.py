@@ -95,8 +95,6 @@ def find_targets(
         raise TargetError("exclude_modules leaves nothing of target_modules: exclude less")
     if "" in targets:
         raise TargetError("the model is itself the layer, and can't be replaced in place: use lora.Linear.from_base")
-    for name in targets:
-        _check_reachable(model, name, target_modules)
     return targets
 
 
@@ -188,10 +186,19 @@ def _in_layers(
     return {name: parts for name, parts in targets.items() if indices[name] in wanted}
 
 
-def _check_reachable(model: nn.Module, name: str, target_modules: Names) -> None:
-    """A layer whose weight is read past its forward pass, or in another way, would be adapted in vain."""
+def check_reachable(model: nn.Module, name: str) -> None:
+    """A layer that is read past its forward pass, or that computes in another way, would be adapted in vain.
+
+    Raises:
+        TargetError: for such a layer.
+    """
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-    mend = "list it under exclude_modules" if target_modules == ALL_LINEAR else "leave it out of target_modules"
+    mend = "leave it out of target_modules, or list it under exclude_modules"
+    others = [n for n, m in model.named_modules(remove_duplicate=False) if m is module and n != name]
+    if others:
+        raise TargetError(f"{name}: the same layer is also {', '.join(others)}, which would stay plain; {mend}")
+    if module._parameters.get("weight") is None:
+        raise TargetError(f"{name}: its weight is computed (by a parametrization, say); {mend}")
     if isinstance(parent, nn.MultiheadAttention):
         raise TargetError(f"{name}: nn.MultiheadAttention reads this weight without calling the layer; {mend}")
     if "forward" in module.__dict__:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from phinetune.errors import RecipeError
+from phinetune.lora.biases import is_bias
 from phinetune.recipe import PeftConfig, TrainingConfig
 
 
@@ -42,7 +43,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig, peft_config: Peft
             lr_factor = peft_config.loraplus_lr_embedding / config.learning_rate
         else:
             lr_factor = ratio if own.startswith("lora_B") or parameter.ndim == 1 else 1.0
-        weight_decay = 0.0 if own == "bias" else config.weight_decay
+        weight_decay = 0.0 if is_bias(own) else config.weight_decay
         groups.setdefault((lr_factor, weight_decay), []).append(parameter)
     return [
         {"params": parameters, "lr_factor": lr_factor, "weight_decay": weight_decay}

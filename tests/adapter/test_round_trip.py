@@ -247,7 +247,11 @@ def test_gpt2s_transposed_layers(tmp_path):
 
 
 def test_a_portable_adapter_has_one_rank_and_one_scaling(tmp_path):
-    settings = {**VARIANTS["patterns"], "target_modules": ["embed", "up", "down", "head"], "use_rslora": True}
+    settings = {
+        **copy.deepcopy(VARIANTS["patterns"]),
+        "target_modules": ["embed", "up", "down", "head"],
+        "use_rslora": True,
+    }
     del settings["alpha_pattern"]["conv.*"]
     ours = mixed()
     lora.adapt(ours, r=4, lora_alpha=6, **settings)
@@ -388,3 +392,55 @@ def test_convolutions_that_peft_computes_differently_are_refused(tmp_path):
         with pytest.raises(AdapterError, match="PEFT computes dilated or non-zero-padded convolutions differently"):
             save_adapter(model, tmp_path, "conv")
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_compute_in_their_own_way_are_refused_on_load_too(tmp_path):
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 3 * super().forward(ids)
+
+    ours = mixed()
+    lora.adapt(ours, ["embed"], r=2)
+    save_adapter(ours, tmp_path, "mixed")
+    other = mixed()
+    other.embed = Scaled(20, 12)
+    with pytest.raises(AdapterError, match="embed: Scaled computes in a way of its own"):
+        load_adapter(other, tmp_path)
+    assert type(other.embed) is Scaled
+
+
+def test_whole_modules_with_buffers_and_recurrent_biases_come_back(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.lstm, self.norm = nn.Linear(4, 4), nn.LSTM(4, 4), nn.BatchNorm1d(4)
+            self.norm.register_buffer("scale", torch.ones(4), persistent=False)
+
+        def forward(self, ids):
+            return self.norm(self.lstm(self.up(ids.float()[:, :4]))[0])
+
+    def model():
+        torch.manual_seed(0)
+        return Model().requires_grad_(False).eval()
+
+    ours = model()
+    lora.adapt(ours, ["up"], r=2, lora_dropout=0.25, modules_to_save=["norm"], bias="all")
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} >= {
+        "lstm.bias_ih_l0",
+        "lstm.bias_hh_l0",
+        "up.bias",
+    }
+    draw(ours)
+    ours.norm.active_module.running_mean += 1
+    save_adapter(ours, tmp_path, "model")
+    again = model()
+    config = load_adapter(again, tmp_path)
+    torch.testing.assert_close(answer(again), answer(ours))
+    assert (config["lora_dropout"], config["bias"]) == (0.25, "all")
+
+
+def test_the_dropout_that_is_written_is_that_of_the_layers_that_have_one(tmp_path):
+    ours = mixed()
+    lora.adapt(ours, ["embed", "up"], lora_dropout=0.1)
+    save_adapter(ours, tmp_path, "mixed")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.1

@@ -211,8 +211,8 @@ def test_parts_of_fused_layers_combine():
         x = torch.randn(4, 6)
         lora.set_adapter(layer, {"one": 0.5, "two": 2})
         expected = layer(x)
-        for kind in ("cat", "svd"):
-            lora.add_weighted_adapter(layer, ["one", "two"], [0.5, 2], kind, kind, svd_rank=7)
+        for kind, options in (("cat", {}), ("svd", {"svd_rank": 7})):
+            lora.add_weighted_adapter(layer, ["one", "two"], [0.5, 2], kind, kind, **options)
             lora.set_adapter(layer, kind)
             torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -227,14 +227,18 @@ def test_parts_of_fused_layers_combine():
         ((["one", "two"], [1, 1], "new", "ties"), "density=None: ties keeps a share"),
         ((["one", "two"], [1, 1], "new", "linear"), r"linear adds As and Bs of one rank, and these are \[3, 2\]"),
         ((["one", "two"], [1, 1], "not.a.name", "cat"), "letters, digits, _ and - only"),
+        ((["one", "two"], [1, 1], "new", "cat", {"density": 0.5}), "cat prunes nothing"),
+        ((["one", "two"], [1, 1], "new", "svd", {"svd_rank": 0}), "a rank of 1 or more"),
     ],
 )
 def test_what_can_not_be_combined_is_said_and_nothing_is_changed(arguments, message):
     model = ours_with("one", "two", two={"r": 2})
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        lora.add_weighted_adapter(model, *arguments)
+        lora.add_weighted_adapter(model, *arguments[:4], **(arguments[4] if len(arguments) > 4 else {}))
     assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert lora.active_adapters(model) == {"one": 1.0}
     for switch in (lora.set_adapter, lora.delete_adapter):
         with pytest.raises(lora.TargetError, match="no adapter is called 'three'"):
             switch(model, "three")
@@ -258,7 +262,17 @@ def test_whole_modules_and_biases_belong_to_the_adapter():
     assert relative_error(tuned, base) > 0.01
     with lora.disabled(model):
         assert torch.equal(answer(model), base)
+        with lora.enabled(model):
+            assert torch.equal(answer(model), tuned)
+            with lora.disabled(model):
+                assert torch.equal(answer(model), base)
+        assert torch.equal(answer(model), base)
     assert torch.equal(answer(model), tuned)
+    assert not any(name.startswith("_lora_tuned") for module in model.modules() for name in module.__dict__)
+    with pytest.raises(lora.TargetError, match="trained biases can't be weighted"):
+        lora.set_adapter(model, {"default": 0.5})
+    with pytest.raises(lora.TargetError, match="trained biases can't be combined"):
+        lora.add_weighted_adapter(model, ["default"], [0.5], "half", "cat")
     assert model.down.weight is model.down.modules_to_save["default"].weight, "what the model asks of it is the tuned"
     state = lora.lora_state_dict(model, "all")
     assert trained <= state.keys()
@@ -278,3 +292,24 @@ def test_whole_modules_and_biases_belong_to_the_adapter():
     torch.testing.assert_close(answer(model), tuned, rtol=1e-5, atol=1e-5)
     with pytest.raises(lora.TargetError, match="modules_to_save: no module's name ends in 'hed'"):
         lora.adapt(net(), ["up"], modules_to_save=["hed"])
+
+
+def test_whole_modules_can_not_be_weighted_added_or_combined():
+    model = net()
+    for name in ("one", "two"):
+        lora.adapt(model, ["up"], adapter_name=name, r=2, modules_to_save=["down"])
+    for asked in ({"one": 0.5}, ["one", "two"]):
+        with pytest.raises(lora.TargetError, match="down was trained whole, and can't be weighted or added up"):
+            lora.set_adapter(model, asked)
+    with pytest.raises(lora.TargetError, match="whole modules can't be combined"):
+        lora.add_weighted_adapter(model, ["one", "two"], [1, 1], "new", "cat")
+    assert lora.active_adapters(model) == {"one": 1.0}
+    with pytest.raises(lora.TargetError, match="modules_to_save: up has another adapter's LoRA on up"):
+        lora.adapt(model, ["conv"], adapter_name="three", modules_to_save=["up"])
+    lora.delete_adapter(model, "one")
+    assert lora.active_adapters(model) == {}
+    assert torch.equal(answer(model), answer(net()))
+    dora = net()
+    lora.adapt(dora, ["up"], r=2, use_dora=True)
+    with pytest.raises(lora.TargetError, match="up uses DoRA: its norms can't be added up"):
+        lora.add_weighted_adapter(dora, ["default"], [1], "new", "cat")
