@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phinetune.kernels.products import product
+
 CHUNK_BYTES = 64 << 20  # of fp32 logits: large enough for the product to run at full rate
 
 
@@ -55,11 +57,11 @@ def _sum_over_chunks(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dh
         rows = slice(start, start + chunk)
         targets_C1 = targets_N[rows, None]
         # log_softmax, not logsumexp: torch's CPU logsumexp is off by 1e-5 over 49,152 fp32 logits (torch 2.13).
-        log_p_CV = (hidden_ND[rows] @ weight_VD.T).log_softmax(-1, dtype=torch.float32)
+        log_p_CV = product(hidden_ND[rows], weight_VD.T).log_softmax(-1, dtype=torch.float32)
         log_p_C1 = log_p_CV.gather(1, targets_C1)
         total -= log_p_C1.sum()
         if dhidden_ND is not None:
             dlogits_CV = log_p_CV.exp_()  # softmax minus one-hot, in place
             dlogits_CV.scatter_add_(1, targets_C1, torch.full_like(log_p_C1, -1.0))
-            torch.mm(dlogits_CV.to(weight_VD.dtype), weight_VD, out=dhidden_ND[rows])
+            dhidden_ND[rows] = product(dlogits_CV.to(weight_VD.dtype), weight_VD)
     return total
