@@ -121,3 +121,18 @@ def test_checkpoints_of_one_library_load_in_the_other(saved_by):
         assert not found.unexpected_keys, name
         assert all("lora_" not in key for key in found.missing_keys)
         torch.testing.assert_close(reader(ROWS), writer(ROWS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_the_same_parameters_train_and_are_saved(bias):
+    import phinetune.lora
+
+    models = []
+    for library in (loralib, phinetune.lora):
+        model = nn.Sequential(library.Linear(4, 4, r=2), nn.Linear(4, 4), nn.LayerNorm(4))
+        library.mark_only_lora_as_trainable(model, bias)
+        models.append((library, model))
+    trained = [{n for n, p in model.named_parameters() if p.requires_grad} for _, model in models]
+    assert trained[0] == trained[1]
+    saved = [library.lora_state_dict(model, bias).keys() for library, model in models]
+    assert saved[0] == saved[1]
