@@ -96,7 +96,7 @@ def step_of(rows, *, dropout=0.0, max_batch_tokens=4096, checkpointing=False, fa
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
-    optimizer = make_optimizer(model, TrainingConfig())
+    optimizer = make_optimizer(model, TrainingConfig(), PeftConfig())
     settings = {"learning_rate": 1e-3, "max_grad_norm": 1.0, "max_batch_tokens": max_batch_tokens, "seed": (3, 0)}
     loss, norm = training_step(model, optimizer, rows, **settings)
     weights = {f"{name}.A": layer.lora_A for name, layer in lora.lora_layers(model)}
@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     before = [p.detach().clone() for p in model.parameters()]
     settings = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "max_batch_tokens": 100, "seed": (0,)}
     with pytest.raises(FloatingPointError):
-        training_step(model, make_optimizer(model, TrainingConfig()), examples(), **settings)
+        training_step(model, make_optimizer(model, TrainingConfig(), PeftConfig()), examples(), **settings)
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_a_merged_linear_goes_on_bit_for_bit(tmp_path, optim):
     def start():
         model = tiny_model("phi3")
         adapt_model(model, PeftConfig(r=4, lora_dropout=0.1, target_modules=names), seed=1)
-        return model.train(), make_optimizer(model, config)
+        return model.train(), make_optimizer(model, config, PeftConfig())
 
     def go(model, optimizer, steps):
         for step in steps:
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_a_merged_linear_goes_on_bit_for_bit(tmp_path, optim):
     whole = go(*start(), range(4))
     first = start()
     go(*first, range(2))
-    path = save_checkpoint(tmp_path, 2, *first, {}, Base("tiny", None, PeftConfig(r=4)), keep=None)
+    path = save_checkpoint(tmp_path, 2, *first, {}, Base("tiny", None), keep=None)
     second = start()
     load_checkpoint(path, *second)
     resumed = go(*second, range(2, 4))
