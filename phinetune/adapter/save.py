@@ -16,6 +16,8 @@ from phinetune.lora.biases import trained_biases
 from phinetune.lora.layer import DEFAULT, LoRALayer
 from phinetune.lora.modules_to_save import saved_modules, saved_tensors
 
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 
 def save_adapter(
     model: nn.Module, folder: Path, base: str, revision: str | None = None, adapter_name: str = DEFAULT
@@ -43,15 +45,16 @@ def adapter_tensors(model: nn.Module, adapter_name: str = DEFAULT) -> dict[str, 
         _check_form(name, layer, adapter_name)
         product = layer.product(adapter_name)
         lora_A, lora_B = product.lora_A, product.lora_B
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(layer, CONVOLUTIONS):
             lora_A = grouped_A(lora_A.view(-1, *layer.weight.shape[1:]), layer.groups)
             lora_B = lora_B.view(*lora_B.shape, *[1] * len(layer.kernel_size))
         suffix_A, suffix_B = MATRICES[isinstance(layer, nn.Embedding)]
         tensors[name + suffix_A], tensors[name + suffix_B] = lora_A, lora_B
         if layer.adapters[adapter_name].use_dora:
             magnitude = layer.magnitude(adapter_name)
-            is_conv = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-            tensors[name + MAGNITUDE] = magnitude.view(1, -1, *[1] * (layer.weight.ndim - 2)) if is_conv else magnitude
+            if isinstance(layer, CONVOLUTIONS):
+                magnitude = magnitude.view(1, -1, *[1] * len(layer.kernel_size))
+            tensors[name + MAGNITUDE] = magnitude
     tensors |= saved_tensors(model, adapter_name)
     for name in trained_biases(model):
         owner = name.removesuffix(".bias")
@@ -100,7 +103,7 @@ def adapter_config(
 
 def _check_form(name: str, layer: LoRALayer, adapter_name: str) -> None:
     """PEFT's convolutions leave out dilation and padding mode, and its DoRA knows no groups."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(layer, CONVOLUTIONS):
         if set(layer.dilation) != {1} or layer.padding_mode != "zeros":
             raise ValueError(f"{name}: PEFT computes dilated or non-zero-padded convolutions differently")
         if layer.groups > 1 and layer.adapters[adapter_name].use_dora:

@@ -96,9 +96,9 @@ def adapt(
     for name in to_save:
         if not whole_modules(model, [name]):
             raise TargetError(f"modules_to_save: no module's name ends in {name!r}")
-    if adapter_name in adapter_names(model):
-        raise TargetError(f"adapter_name={adapter_name!r}: the model has an adapter of that name")
     there = adapter_names(model)
+    if adapter_name in there:
+        raise TargetError(f"adapter_name={adapter_name!r}: the model has an adapter of that name")
     if there and (bias != "none" or trained_biases(model)):
         raise TargetError(f"biases train with one adapter alone, and the model has {', '.join(there)}")
     for name in whole_modules(model, to_save):
