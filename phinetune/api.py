@@ -1,10 +1,11 @@
 """phinetune from Python: one call, with paths or objects."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phinetune.recipe import make_recipe
+from phinetune.recipe import DataSource, make_recipe
 from phinetune.train import Result
 from phinetune.train import train as train_recipe
 
@@ -25,7 +26,8 @@ def finetune(
 
     Args:
         model: Hub id, local folder, .gguf file, or "smollm2".
-        train: a path, a list of paths, a list of rows (`{"messages": [...]}`), or a `datasets.Dataset`.
+        train: a path (file, folder, pattern, Hub id), a mapping with `path` and more, a list of these, or rows as
+            objects: a list, a `datasets.Dataset`, or any iterable. The first row is called `row:1`.
         eval: held-out rows in the same forms, or a share of `train`.
         data: further settings of the recipe's data section, such as `{"max_length": 1024}`.
         training_config: a dictionary with the names of TrainingArguments, or such an object.
@@ -54,11 +56,16 @@ def finetune(
     )
 
 
-def _path_or_rows(source: Any) -> tuple[Any, list[Any] | None]:
-    """(what the recipe says, the rows themselves if they came as objects)"""
+def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:
+    """(what the recipe says, the rows themselves if they came as objects, read as they are needed)"""
     if isinstance(source, str | Path):
         return str(source), None
-    items = list(source)
-    if items and all(isinstance(item, str | Path) for item in items):
-        return [str(item) for item in items], None
-    return f"{len(items)} rows from Python", items
+    if isinstance(source, Mapping):
+        return dict(source), None
+    rows = iter(source)
+    first = next(rows, None)
+    if isinstance(first, str | Path) or (isinstance(first, Mapping) and set(first) <= set(DataSource.model_fields)):
+        items = [first, *rows]
+        return [str(item) if isinstance(item, Path) else item for item in items], None
+    count = f"{len(source):,} rows" if hasattr(source, "__len__") else "rows"
+    return f"{count} from Python", itertools.chain([] if first is None else [first], rows)

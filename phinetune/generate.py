@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from phinetune.data import Renderer
+from phinetune.model import long_rope_boundary
 
 Messages = list[dict[str, Any]]
 
@@ -21,7 +22,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token id that ends an answer."""
     configured = model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured])
-    ids |= {tokenizer.eos_token_id, *Renderer(tokenizer).turn_ids()}
+    ids |= {tokenizer.eos_token_id, *Renderer.of(tokenizer).turn_ids()}
     return sorted(i for i in ids if i is not None)
 
 
@@ -29,27 +30,31 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def answers(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[Messages],
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Greedy answers to conversations that end with a user's message, in their order.
+    """Greedy answers to prompts (`Renderer.prompt_ids`), in their order.
 
     Prompts of similar length are answered together, and a beginning that all of a batch share (the system
     message) is computed once.  `on_progress` is told how many more are done.
     """
-    render = Renderer(tokenizer).prompt
-    prompts = [tokenizer(render(c), add_special_tokens=False)["input_ids"] for c in conversations]
     stops = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    boundary = long_rope_boundary(model.config)
+    longer = sum(boundary is not None and len(prompt) + max_new_tokens > boundary for prompt in prompts)
+    for chunk in [c for side in (order[:longer], order[longer:]) for c in _batches(side, batch_size)]:
         for i, ids in zip(chunk, _greedy(model, [prompts[i] for i in chunk], stops, max_new_tokens), strict=True):
             texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
         on_progress(len(chunk))
     return texts
+
+
+def _batches(places: list[int], size: int) -> list[list[int]]:
+    """Prompts on the two sides of LongRoPE's boundary, which need other factors, never get here together."""
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
@@ -107,6 +112,7 @@ def stream(
     max_new_tokens: int,
     temperature: float = 0.0,
     write: Callable[[str], None] = lambda text: None,
+    renderer: Renderer | None = None,
 ) -> str:
     """One answer, handed to `write` piece by piece as it grows; greedy at temperature 0."""
     from transformers import TextStreamer
@@ -117,7 +123,8 @@ def stream(
             write(text)
 
     pieces: list[str] = []
-    ids = tokenizer(Renderer(tokenizer).prompt(messages), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    renderer = renderer or Renderer.of(tokenizer)
+    ids = torch.tensor([renderer.prompt_ids(messages)])
     stops = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     model.generate(

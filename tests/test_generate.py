@@ -22,6 +22,10 @@ def conversations(system):
     return [[{"role": "system", "content": system}, {"role": "user", "content": question}] for question in QUESTIONS]
 
 
+def prompts(tokenizer, system):
+    return [Renderer.of(tokenizer).prompt_ids(conversation) for conversation in conversations(system)]
+
+
 @pytest.mark.parametrize(
     "system", ["Be brief.", "You are a careful assistant that answers in one short sentence only."]
 )
@@ -34,12 +38,12 @@ def test_batched_answers_are_those_of_each_prompt_alone(smollm2, smollm2_tokeniz
         )
         out = smollm2.generate(**ids, max_new_tokens=16, do_sample=False, use_cache=True)
         alone.append(smollm2_tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
-    assert answers(smollm2, smollm2_tokenizer, conversations(system), 16, batch_size) == alone
+    assert answers(smollm2, smollm2_tokenizer, prompts(smollm2_tokenizer, system), 16, batch_size) == alone
     assert any(len(text.split()) > 3 for text in alone)
 
 
 def test_streaming_gives_the_same_answer_in_pieces(smollm2, smollm2_tokenizer):
-    (whole,) = answers(smollm2, smollm2_tokenizer, conversations("Be brief.")[:1], 30)
+    (whole,) = answers(smollm2, smollm2_tokenizer, prompts(smollm2_tokenizer, "Be brief.")[:1], 30)
     pieces = []
     assert stream(smollm2, smollm2_tokenizer, conversations("Be brief.")[0], 30, write=pieces.append) == whole
     assert len(pieces) > 2
@@ -54,7 +58,7 @@ def test_generation_stops_at_the_end_of_a_turn(phi3_tokenizer, smollm2, smollm2_
             eos_token_id = 32000
 
     assert stop_ids(Phi3, phi3_tokenizer) == [32000, 32001, 32007]
-    assert Renderer(phi3_tokenizer).prompt([{"role": "user", "content": "a"}]).endswith("<|assistant|>\n")
+    assert Renderer.of(phi3_tokenizer).prompt([{"role": "user", "content": "a"}]).endswith("<|assistant|>\n")
 
 
 def test_folded_weights_answer_as_the_adapter_does(smollm2_tokenizer):
@@ -64,10 +68,10 @@ def test_folded_weights_answer_as_the_adapter_does(smollm2_tokenizer):
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.03)
-    plain = answers(model, smollm2_tokenizer, conversations("Be brief."), 12)
+    plain = answers(model, smollm2_tokenizer, prompts(smollm2_tokenizer, "Be brief."), 12)
     with lora.fused(model):
-        folded = answers(model, smollm2_tokenizer, conversations("Be brief."), 12)
+        folded = answers(model, smollm2_tokenizer, prompts(smollm2_tokenizer, "Be brief."), 12)
     with lora.disabled(model):
-        base = answers(model, smollm2_tokenizer, conversations("Be brief."), 12)
+        base = answers(model, smollm2_tokenizer, prompts(smollm2_tokenizer, "Be brief."), 12)
     assert folded == plain
     assert base != plain

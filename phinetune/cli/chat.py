@@ -15,12 +15,13 @@ def run_chat(
     from phinetune import lora
     from phinetune.adapter import is_adapter, load_tuned
     from phinetune.cli.quiet import quiet_libraries
+    from phinetune.data import Renderer
     from phinetune.generate import stream
     from phinetune.model import load_model, load_tokenizer, pick_device
 
     quiet_libraries()
+    recipe = recipe_of(Path(run)) if is_adapter(run) else None
     if is_adapter(run):
-        recipe = recipe_of(Path(run))
         model, tokenizer = load_tuned(run, recipe.model_kwargs if recipe else ModelKwargs())
         lora.fuse(model)
     elif compare:
@@ -29,8 +30,10 @@ def run_chat(
         tokenizer = load_tokenizer(run, ModelKwargs())
         model = load_model(run, ModelKwargs(), pick_device(use_cpu=False))
 
+    renderer = Renderer.of(tokenizer, recipe.data if recipe else None)
+
     def answer(messages: list[dict[str, Any]]) -> str:
-        said = stream(model, tokenizer, messages, max_new_tokens, temperature, _write)
+        said = stream(model, tokenizer, messages, max_new_tokens, temperature, _write, renderer)
         print()
         return said
 

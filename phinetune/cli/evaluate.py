@@ -10,7 +10,7 @@ from phinetune.recipe import DataConfig, EvaluationConfig, ModelKwargs, Recipe, 
 def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool, as_json: bool) -> None:
     from phinetune.adapter import load_tuned, run_folders
     from phinetune.cli.quiet import quiet_libraries
-    from phinetune.data import prepare
+    from phinetune.data import Renderer, prepare
     from phinetune.evaluate import compare
 
     quiet_libraries()
@@ -18,9 +18,10 @@ def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool
     model, tokenizer = load_tuned(run, recipe.model_kwargs if recipe else ModelKwargs())
     config = recipe.training_config if recipe else None
     if data is not None:
-        # Every row of the file is measured, the longest too.
-        supervise = recipe.data.supervise if recipe else "assistant"
-        prepared = prepare(DataConfig(train=data, max_length=1 << 20, supervise=supervise), tokenizer, seed=0)
+        # Every row of the file is measured, the longest too, rendered as the run's own were.
+        like = recipe.data if recipe else DataConfig(train=data)
+        asked = like.model_copy(update={"train": data, "eval": None, "max_length": 1 << 20})
+        prepared = prepare(asked, tokenizer, seed=0)
         examples, rows = prepared.train, prepared.train_rows
     elif recipe is None or config is None or recipe.data.eval in (None, 0):
         raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
@@ -34,6 +35,7 @@ def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool
     comparison = compare(
         model,
         tokenizer,
+        Renderer.of(tokenizer, recipe.data if recipe else None),
         examples,
         rows,
         EvaluationConfig(metrics=["exact_match"] if answers else [], max_new_tokens=max_new_tokens),

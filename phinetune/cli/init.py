@@ -49,7 +49,7 @@ evaluation:
 
 
 def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -> None:
-    from phinetune.data import Rejected, Row, read_rows
+    from phinetune.data import Rejected, Row, read_rows, row_to_json
     from phinetune.model.load import hub_answers
 
     if output.exists() and not overwrite:
@@ -67,7 +67,7 @@ def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -
         model = PHI3 if machine_memory() >= ENOUGH_FOR_PHI3 and hub_answers() else "smollm2"
         note = "  # or microsoft/Phi-3-mini-4k-instruct, a local folder, a .gguf file" if model == "smollm2" else ""
     # Some 3 bytes a token is low for English and high for none of the scripts: the estimate errs towards longer rows.
-    longest = max(sum(len(m["content"].encode()) for m in row.messages) // 3 + 8 * len(row.messages) for row in rows)
+    longest = max(len(row_to_json(row)) // 3 for row in rows)
     share = len(rows) >= ROWS_FOR_A_SHARE
     text = TEMPLATE.format(
         data=_yaml(data),

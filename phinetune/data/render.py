@@ -1,129 +1,364 @@
 """From a conversation to token ids and a mask: which tokens are learnt.
 
-The text is what the tokenizer's own chat template writes, the ids one tokenisation of the whole, so a
-trained model sees what a served one will.  A turn begins where the template's generation prompt for the
-messages before it ends, and is learnt through the first control token behind its words; the last turn also
-through what the template writes behind any conversation (Phi-3: <|endoftext|>).
+The text is what the tokenizer's own chat template writes, the ids one tokenisation of the whole, so a trained model
+sees what a served one will.  A turn begins where the generation prompt for the messages before it ends, and is
+learnt through the control token that closes it; the last turn also through what the template writes behind any
+conversation (Phi-3: <|endoftext|>).
 
     messages[:1] + generation   <|user|>Hi<|end|><|assistant|>
     the whole                   <|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Bye<|end|><|assistant|>…<|endoftext|>
     span of the first answer                              [Hello!<|end|>]
+
+Some templates write an earlier turn otherwise than a last one (they strip reasoning, or move the system message).
+Such a turn isn't learnt from the whole, which no model will ever have to answer like that, but as an example of its
+own: the conversation up to it.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from phinetune.data.sources import Rejected, Row
+import numpy as np
+
+from phinetune.data.encode import Encoded, Encoder, control_pattern
+from phinetune.data.findings import NOTHING, Finding
+from phinetune.data.formats import Message, Rejected, Row
+from phinetune.data.template import CannotRender, ChatTemplate
 from phinetune.errors import DataError
+from phinetune.recipe import DataConfig
 
 Span = tuple[int, int]
 
 # A conversation in words that no template writes of its own.
 PROBE = [{"role": "user", "content": "8472"}, {"role": "assistant", "content": "5309"}]
+PROBE_SYSTEM = {"role": "system", "content": "3961"}
+PROBE_TOOL = {"type": "function", "function": {"name": "p6157", "description": "", "parameters": {"type": "object"}}}
+PARTS = ("system", "user", "assistant", "tool", "template")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model sees it: `ids` and, for each, whether it is learnt."""
+    """What the model is trained on: `ids` and, for each, whether it is learnt.
+
+    `parts` are the tokens that belong to each of PARTS.  A row is one example, or several.
+    """
 
     where: str
-    ids: list[int]
-    mask: list[bool]
+    ids: Any  # (T,) int32
+    mask: Any  # (T,) bool
+    parts: tuple[int, ...] = (0, 0, 0, 0, 0)
 
     @property
     def supervised(self) -> int:
         """Tokens that count in the loss: the first token of a row is predicted from nothing."""
-        return sum(self.mask[1:])
+        return int(np.count_nonzero(self.mask[1:]))
 
 
-class CannotRender(DataError):
-    """A conversation that the chat template can't write, or whose turns can't be found in what it writes."""
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as text, with the characters that are learnt.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__("chat", reason, "change these messages, or the template by tokenizer_kwargs.chat_template")
-        self.reason = reason
+    `turns` are the assistant's turns in it (number of the message, span), learnt or not; `words` where the other
+    messages' words stand; `as_text` the control tokens that a message only spells.
+    """
+
+    text: str
+    learnt: list[Span]
+    messages: list[Message]
+    turns: list[tuple[int, Span]] = field(default_factory=list)
+    words: list[tuple[str, Span]] = field(default_factory=list)
+    as_text: list[Span] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row's examples, and what is worth knowing about it."""
+
+    examples: list[Example]
+    findings: Finding = NOTHING
+
+
+@dataclass(frozen=True)
+class LastAnswer:
+    """What a row's last answer replies to: the question, the whole prompt's ids, and what should be said."""
+
+    question: str
+    prompt_ids: list[int]
+    expected: str
 
 
 class Renderer:
-    """A tokenizer's chat template as a function from messages to (text, spans) and (ids, mask)."""
+    """A chat template and its tokenizer as a function from rows to examples."""
 
-    def __init__(self, tokenizer: Any, supervise: str = "assistant") -> None:
-        self.tokenizer, self.supervise = tokenizer, supervise
-        controls = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        controls |= set(tokenizer.all_special_tokens)
-        pattern = "|".join(re.escape(token) for token in sorted(controls, key=len, reverse=True) if token.strip())
-        self._control = re.compile(pattern) if pattern else re.compile(r"(?!)")
+    def __init__(self, template: ChatTemplate, encoder: Encoder, config: DataConfig, eos: str = "") -> None:
+        self.template, self.encoder, self.config, self.eos = template, encoder, config, eos
+        added = encoder.added
+        marks = {token for token, (_, t) in added.items() if token.strip() and (t.special or set(token) & set("<[{|"))}
+        # What an assistant may say and mean: reasoning and tool marks that the template knows, such as <think>.
+        sources = template.source + template.source_with_tools
+        spoken = {token for token in marks if not added[token][1].special and token in sources}
+        self.controls = {token for token in marks if added[token][1].special}
+        self._control = control_pattern(self.controls)
+        self._marks, self._marks_unspoken = control_pattern(marks), control_pattern(marks - spoken)
 
-    def example(self, row: Row, max_length: int) -> Example | Rejected:
-        """(ids, mask) of one row, or why it can't be used."""
-        try:
-            text, spans = self.spans(row.messages)
-        except CannotRender as error:
-            return Rejected(row.where, error.reason, row.raw)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        if len(ids) > max_length:
-            return Rejected(row.where, f"has {len(ids):,} tokens, above data.max_length={max_length:,}", row.raw)
-        mask = [True] * len(ids) if self.supervise == "all" else _mask(offsets, spans)
-        example = Example(row.where, ids, mask)
-        if example.supervised == 0:
-            return Rejected(row.where, "has no supervised token", row.raw)
-        return example
+    @classmethod
+    def of(cls, tokenizer: Any, config: DataConfig | None = None, **settings: Any) -> "Renderer":
+        """Of a transformers tokenizer, with the data section of a recipe or some settings of it."""
+        config = config or DataConfig(train="-", **settings)
+        template = ChatTemplate.of(tokenizer, config.chat_template_kwargs, config.today)
+        return cls(template, Encoder.of(tokenizer), config, tokenizer.eos_token or "")
 
-    def prompt(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, row: Row) -> Rendered | Rejected:
+        """The examples of one row, or why it can't be used."""
+        return self.render_batch([row])[0]
+
+    def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Rejected]:
+        """The same for many rows, whose texts are encoded together.
+
+        Raises:
+            DataError: for a row that is too long, where the strategy is to raise.
+        """
+        outcomes: list[tuple[list[Rendering], Finding] | Rejected] = [self._renderings_of(row) for row in rows]
+        plain = [r for o in outcomes if not isinstance(o, Rejected) for r in o[0] if not r.as_text]
+        encoded = iter(self.encoder.encode_batch([rendering.text for rendering in plain]))
+        return [
+            outcome if isinstance(outcome, Rejected) else self._examples(row, *outcome, encoded)
+            for row, outcome in zip(rows, outcomes, strict=True)
+        ]
+
+    def prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """The text that asks the model for the next assistant turn."""
-        return self._render(messages, add_generation_prompt=True)
+        return self.template.render(messages, tools, add_generation_prompt=True)
+
+    def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Its ids, in which what a message spells stays text.
+
+        Raises:
+            CannotRender: if the template doesn't write a message, or refuses them.
+        """
+        messages, tools, marks = self._mark(self._settled(messages)[0], tools)
+        text = self.prompt(messages, tools)
+        self._check_tools(tools, text)
+        self._words(messages, text, [])
+        return list(self._encode(_unmarked(Rendering(text, [], messages), marks)).ids)
+
+    def last_answer(self, row: Row) -> LastAnswer | None:
+        """A row's last answer, all that is learnt of it but its control tokens; None where nothing asks for it."""
+        last = max((i for i, message in enumerate(row.messages) if message["role"] == "assistant"), default=0)
+        if last == 0:
+            return None
+        asked = row.messages[:last]
+        whole = self.renderings(row.messages[: last + 1], row.tools)[-1]
+        if not whole.turns:
+            return None
+        begin, end = whole.turns[-1][1]
+        question = asked[-1]["content"] or ""
+        expected = self._control.sub("", whole.text[begin:end])
+        return LastAnswer(question, self.prompt_ids(asked, row.tools), expected)
 
     def turn_ids(self) -> list[int]:
         """The control tokens that end an assistant's words or open the next turn: no answer goes on past one."""
         try:
-            text, spans = self.spans(PROBE)
+            rendering = self.renderings(PROBE)[0]
             opening = self.prompt(PROBE[:1]).rpartition(PROBE[0]["content"])[2]
         except CannotRender:
             return []
-        found = [token for start, end in spans for token in self._control.findall(text, start, end)]
+        learnt = [rendering.text[start:end] for start, end in rendering.learnt]
+        found = [token for text in learnt for token in self._control.findall(text)]
         found += self._control.findall(opening)
-        return sorted({self.tokenizer.convert_tokens_to_ids(token) for token in found})
+        return sorted({self.encoder.added[token][0] for token in found})
 
-    def spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-        """The whole text, and the character spans of it that are learnt.
+    def renderings(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[Rendering]:
+        """The texts that a conversation becomes, and what is learnt of each.
 
         Raises:
             CannotRender: with the reason.
         """
-        self._refuse_control_text(messages)
-        text = self._render(messages)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.supervise == "last":
-            turns = turns[-1:]
-        spans = [self._turn_span(messages, index, text) for index in turns]
-        for message in messages:
-            if message["content"].strip() not in text:
-                raise CannotRender(f"the chat template does not write the {message['role']} message")
-        if turns[-1] == len(messages) - 1 and self._tail and text.endswith(self._tail):
-            spans.append((len(text) - len(self._tail), len(text)))
-        return text, spans
+        return self._renderings(messages, tools)[0]
 
-    def _turn_span(self, messages: list[dict[str, Any]], index: int, text: str) -> Span:
-        """From behind the generation prompt to behind the first control token that follows the words."""
-        content = messages[index]["content"].strip()
-        if index == 0:  # nothing asked for it, so there is no generation prompt: its own words begin it
-            start = text.index(content)
+    # From a row to texts
+
+    def _renderings_of(self, row: Row) -> tuple[list[Rendering], Finding] | Rejected:
+        try:
+            if row.text is not None:
+                rendering = Rendering(row.text + self.eos, [(0, len(row.text + self.eos))], [])
+                rendering = replace(rendering, as_text=[m.span() for m in self._marks.finditer(row.text)])
+                return [rendering], Finding.CONTROL_TEXT if rendering.as_text else NOTHING
+            renderings, findings = self._renderings(row.messages, row.tools)
+        except CannotRender as error:
+            return Rejected(row.where, error.reason, row.raw)
+        if self.config.excess_length_strategy == "drop":
+            for rendering in renderings:
+                if len(rendering.text) > self.config.max_length * self._longest_token:
+                    return Rejected(row.where, self._too_long(self.config.max_length + 1, "more than "), row.raw)
+        return renderings, findings
+
+    def _renderings(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None
+    ) -> tuple[list[Rendering], Finding]:
+        settled, findings = self._settled(messages)
+        marked, tools, letters = self._mark(settled, tools)
+        renderings, found = self._texts(marked, tools)
+        findings |= found | (Finding.CONTROL_TEXT if letters else NOTHING)
+        return [_unmarked(rendering, letters) for rendering in renderings], findings
+
+    def _settled(self, messages: list[Message]) -> tuple[list[Message], Finding]:
+        """The messages with a system message that the template doesn't write where the recipe wants it."""
+        policy = self.config.unwritten_system
+        if policy == "drop" or messages[0]["role"] != "system" or self._writes_system:
+            return messages, NOTHING
+        finding = Finding.SYSTEM_MOVED if policy == "prepend" else Finding.SYSTEM_IGNORED
+        return _without_system(messages, policy == "prepend"), finding
+
+    def _texts(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[list[Rendering], Finding]:
+        """The whole with the turns that can be learnt from it, behind examples of their own for those that can't."""
+        text = self.template.render(messages, tools)
+        self._check_tools(tools, text)
+        assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [i for i in assistant if self._is_wanted(messages[i], i == assistant[-1])]
+        findings = NOTHING
+        if assistant and assistant[-1] < len(messages) - 1:
+            findings |= Finding.UNANSWERED
+        if messages[0]["role"] == "system" and not messages[0]["content"].strip():
+            findings |= Finding.EMPTY_SYSTEM
+
+        own: list[Rendering] = []
+        turns: list[tuple[int, Span]] = []
+        for i in wanted:
+            is_last = i == len(messages) - 1
+            up_to = text if is_last else self.template.render(messages[: i + 1], tools)
+            span = self._turn(messages, i, up_to, tools)
+            if not self._control.search(up_to, *span):
+                findings |= Finding.ENDLESS
+            if text.startswith(up_to[: span[1]]):
+                turns.append((i, span))
+                continue
+            if self.config.rewritten_turns == "drop":
+                raise CannotRender(f"the chat template writes message {i + 1} otherwise where others follow it")
+            if self.config.rewritten_turns == "last":
+                findings |= Finding.NOT_LEARNT
+                continue
+            findings |= Finding.REWRITTEN
+            learnt = _joined([span, *self._tail_span(up_to)])
+            if self.config.supervise == "all":
+                learnt = [(0, len(up_to))]
+            words = self._words(messages[: i + 1], up_to, [(i, span)])
+            own.append(Rendering(up_to, learnt, messages[: i + 1], [(i, span)], words, tools=tools))
+        if own and not turns:
+            return own, findings
+        words = self._words(messages, text, turns)
+        if self.config.supervise == "all":
+            learnt = [(0, len(text))]
         else:
-            prompt = self._render(messages[:index], add_generation_prompt=True)
+            learnt = [span for _, span in turns] + self._learnt_words(messages, words, text)
+            if turns and turns[-1][0] == len(messages) - 1:
+                learnt += self._tail_span(text)
+        return [*own, Rendering(text, _joined(learnt), messages, turns, words, tools=tools)], findings
+
+    def _is_wanted(self, message: Message, is_last: bool) -> bool:
+        return bool(message.get("train", is_last or self.config.supervise != "last"))
+
+    def _turn(self, messages: list[Message], index: int, text: str, tools: list[dict[str, Any]] | None) -> Span:
+        """Where the last turn of `text` is: from behind its prompt to behind the control token that closes it."""
+        message = messages[index]
+        content = (message["content"] or "").strip()
+        if index == 0:  # nothing asked for it, so there is no generation prompt: its own words begin it
+            start = text.find(content)
+        else:
+            prompt = self.template.render(messages[:index], tools, add_generation_prompt=True)
             if not text.startswith(prompt):
-                raise CannotRender(f"the chat template rewrites what stands before message {index + 1}")
+                raise CannotRender(
+                    f"the chat template's prompt for message {index + 1} is no beginning of what it writes with it"
+                )
             start = len(prompt)
-        found = text.find(content, start)
-        if found < 0:
-            raise CannotRender(f"the chat template rewrites message {index + 1}")
-        end = found + len(content)
-        following = messages[index + 1]["content"].strip() if index + 1 < len(messages) else ""
-        limit = text.find(following, end) if following else len(text)
-        control = self._control.search(text, end, limit if limit >= 0 else len(text))
-        return start, control.end() if control else end
+        found = text.find(content, start) if content and not message.get("tool_calls") else -1
+        if found >= 0:
+            end = found + len(content)
+            control = self._control.search(text, end)
+            return start, control.end() if control else end
+        end = self._end_of_turns(text)
+        written = _squeezed(text[start:end])
+        for what, said in (
+            ("message", content),
+            ("reasoning of message", message.get("reasoning_content") or ""),
+            *(("tool call in message", call["function"]["name"]) for call in message.get("tool_calls") or ()),
+        ):
+            if _squeezed(said) not in written:
+                raise CannotRender(f"the chat template does not write the {what} {index + 1} as it is")
+        closing = [match.end() for match in self._control.finditer(text, start, end)]
+        return start, closing[-1] if closing else start + len(text[start:end].rstrip())
+
+    def _end_of_turns(self, text: str) -> int:
+        """Where the turns end: before what is written behind any conversation, or a header always written there."""
+        closing = self._tail or self._header
+        return len(text) - len(closing) if closing and text.endswith(closing) else len(text)
+
+    def _tail_span(self, text: str) -> list[Span]:
+        return [(len(text) - len(self._tail), len(text))] if self._tail and text.endswith(self._tail) else []
+
+    def _words(self, messages: list[Message], text: str, turns: list[tuple[int, Span]]) -> list[tuple[str, Span]]:
+        """Where the words of each message stand that isn't one of `turns`.
+
+        Raises:
+            CannotRender: for a message of somebody else's than the assistant's that isn't written.
+        """
+        spans = dict(turns)
+        words: list[tuple[str, Span]] = []
+        at = 0
+        for index, message in enumerate(messages):
+            if index in spans:
+                at = spans[index][1]
+                continue
+            content = (message["content"] or "").strip()
+            if not content:
+                continue
+            begin = text.find(content, at)
+            if begin < 0:  # perhaps the template moves it
+                begin = text.find(content)
+            claimed = any(a <= begin < b for _, (a, b) in words)
+            if begin < 0 or claimed:
+                if message["role"] == "assistant":
+                    continue
+                raise CannotRender(f"the chat template does not write the {message['role']} message")
+            words.append((message["role"], (begin, begin + len(content))))
+            at = max(at, begin + len(content))
+        return words
+
+    def _learnt_words(self, messages: list[Message], words: list[tuple[str, Span]], text: str) -> list[Span]:
+        """The messages of others that are marked to be learnt, through the control token behind them."""
+        spans = []
+        for message in messages:
+            if message["role"] != "assistant" and message.get("train"):
+                content = (message["content"] or "").strip()
+                for _, (begin, end) in words:
+                    if text[begin:end] == content:
+                        control = self._control.search(text, end)
+                        spans.append((begin, control.end() if control else end))
+        return spans
+
+    def _check_tools(self, tools: list[dict[str, Any]] | None, text: str) -> None:
+        names = [tool["function"]["name"] for tool in tools or ()]
+        if names and not (self._writes_tools and all(name in text for name in names)):
+            raise CannotRender("the chat template does not write the tools")
+
+    @cached_property
+    def _writes_system(self) -> bool:
+        asked = [PROBE_SYSTEM, PROBE[0]]
+        try:
+            texts = [self.prompt(asked), self.template.render([*asked, PROBE[1]])]
+        except CannotRender:
+            return False
+        return all(PROBE_SYSTEM["content"] in text for text in texts)
+
+    @cached_property
+    def _writes_tools(self) -> bool:
+        try:
+            return PROBE_TOOL["function"]["name"] in self.template.render(PROBE[:1], [PROBE_TOOL])  # type: ignore[index]
+        except CannotRender:
+            return False
 
     @cached_property
     def _tail(self) -> str:
@@ -133,7 +368,7 @@ class Renderer:
         control token is moved back to its beginning, since two control tokens may begin alike.
         """
         try:
-            shorter, longer = self._render(PROBE[:1]), self._render(PROBE)
+            shorter, longer = self.template.render(PROBE[:1]), self.template.render(PROBE)
         except CannotRender:
             return ""
         leave = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
@@ -143,28 +378,265 @@ class Renderer:
         tail = shorter[leave:]
         return tail if longer.endswith(tail) else ""
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        if not messages:
-            return ""
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    @cached_property
+    def _header(self) -> str:
+        """The opening of the next answer, where the template writes it behind every conversation; else nothing."""
         try:
-            return str(self.tokenizer.apply_chat_template(messages, **options))
-        except Exception as error:  # a template is a program of the model's author: it may raise anything
-            raise CannotRender(f"the chat template refuses it ({error})") from error
+            asked, prompt = self.template.render(PROBE[:1]), self.prompt(PROBE[:1])
+        except CannotRender:
+            return ""
+        behind = prompt.rpartition(PROBE[0]["content"])[2]
+        closing = self._control.search(behind)
+        return behind[closing.end() :] if closing and asked == prompt else ""
 
-    def _refuse_control_text(self, messages: list[dict[str, Any]]) -> None:
-        for index, message in enumerate(messages):
-            found = self._control.search(message["content"])
-            if found:
-                raise CannotRender(
-                    f"message {index + 1} ({message['role']}) spells the control token {found.group()}, "
-                    "which the tokenizer would take for a real one"
-                )
+    # Control tokens that a message only spells
+
+    def _mark(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None
+    ) -> tuple[list[Message], list[dict[str, Any]] | None, dict[str, str]]:
+        """The conversation with a character of private use in place of each control token that it spells.
+
+        The template passes it on as it would any letter; behind it, the letter becomes the words again.
+        """
+        found: set[str] = set()
+        for message in messages:
+            pattern = self._marks_unspoken if message["role"] == "assistant" else self._marks
+            for text in _strings(message):
+                found.update(pattern.findall(text))
+        for text in _strings(tools):
+            found.update(self._marks.findall(text))
+        if not found:
+            return messages, tools, {}
+        taken = {char for text in _strings([messages, tools]) for char in text}
+        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in taken)
+        letters = dict(zip(sorted(found), free, strict=False))
+
+        def in_message(message: Message) -> Message:
+            pattern = self._marks_unspoken if message["role"] == "assistant" else self._marks
+            marked: Message = _mapped(message, lambda text: pattern.sub(lambda m: letters[m.group()], text))
+            return {**marked, "role": message["role"]}
+
+        marked_tools = _mapped(tools, lambda text: self._marks.sub(lambda m: letters[m.group()], text))
+        return [in_message(m) for m in messages], marked_tools, {letter: token for token, letter in letters.items()}
+
+    # From texts to ids
+
+    def _encode(self, rendering: Rendering) -> Encoded:
+        if not rendering.as_text:
+            return self.encoder.encode(rendering.text)
+        try:
+            return self.encoder.encode_with_text(rendering.text, rendering.as_text)
+        except ValueError as error:
+            raise CannotRender(f"spells control tokens, and {error}") from None
+
+    def _examples(
+        self, row: Row, renderings: list[Rendering], findings: Finding, encoded: Iterator[Encoded]
+    ) -> Rendered | Rejected:
+        pairs = [(rendering, None if rendering.as_text else next(encoded)) for rendering in renderings]
+        examples: list[Example] = []
+        try:
+            for rendering, ready in pairs:
+                made, found = self._fit(row, rendering, ready or self._encode(rendering))
+                examples += made
+                findings |= found
+        except CannotRender as error:
+            return Rejected(row.where, error.reason, row.raw)
+        examples = [example for example in examples if example.supervised]
+        if not examples:
+            return Rejected(row.where, "has no supervised token", row.raw)
+        return Rendered(examples, findings)
+
+    def _fit(self, row: Row, rendering: Rendering, encoded: Encoded) -> tuple[list[Example], Finding]:
+        """The example, or what `excess_length_strategy` makes of one that is too long."""
+        strategy, limit = self.config.excess_length_strategy, self.config.max_length
+        if row.text is not None:
+            return self._fit_text(row, encoded)
+        if len(encoded.ids) <= limit:
+            return [_example(row, rendering, encoded)], NOTHING
+        if strategy == "raise":
+            mend = "shorten it, raise data.max_length, or set data.excess_length_strategy"
+            raise DataError(row.where, self._too_long(len(encoded.ids)), mend)
+        if strategy == "drop":
+            raise CannotRender(self._too_long(len(encoded.ids)))
+        if strategy == "split":
+            parts = self._split(rendering, encoded)
+            return [_example(row, part, ids) for part, ids in parts], Finding.SPLIT
+        for index, (_, end) in reversed(rendering.turns[:-1]):  # truncate: whole turns first
+            if encoded.token_at(end) <= limit:
+                shorter, ids = self._again(rendering, rendering.messages[: index + 1])
+                if len(ids.ids) <= limit:
+                    return [_example(row, shorter, ids)], Finding.TRUNCATED
+        cut = _example(row, rendering, encoded)
+        ids, mask = cut.ids[:limit], cut.mask[:limit]
+        if not mask[1:].any():
+            raise CannotRender(f"has {len(encoded.ids):,} tokens, and no answer begins in the first {limit:,}")
+        return [Example(row.where, ids, mask, _parts(rendering, encoded, limit))], Finding.WITHOUT_END
+
+    def _split(self, rendering: Rendering, encoded: Encoded) -> list[tuple[Rendering, Encoded]]:
+        """Several conversations of whole exchanges, each behind the system message."""
+        messages = rendering.messages
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        ends = [index + 1 for index, message in enumerate(messages) if message["role"] == "assistant"]
+        exchanges = [messages[a:b] for a, b in zip([len(system), *ends], ends, strict=False)]
+        parts: list[tuple[Rendering, Encoded]] = []
+        part: list[Message] = []
+        for exchange in exchanges:
+            longer = self._again(rendering, [*system, *part, *exchange])
+            if part and len(longer[1].ids) > self.config.max_length:
+                part = []
+                longer = self._again(rendering, [*system, *exchange])
+                parts.append(longer)
+            elif part:
+                parts[-1] = longer
+            else:
+                parts.append(longer)
+            if len(longer[1].ids) > self.config.max_length:
+                raise CannotRender(f"has an exchange of {len(longer[1].ids):,} tokens: it can't be split further")
+            part += exchange
+        return [(part, ids) for part, ids in parts if part.learnt]
+
+    def _again(self, rendering: Rendering, messages: list[Message]) -> tuple[Rendering, Encoded]:
+        """Some messages of a conversation as one of their own: only what was learnt in it is learnt."""
+        kept = {id(rendering.messages[index]) for index, _ in rendering.turns}
+        marked = [{**m, "train": id(m) in kept} if m["role"] == "assistant" else m for m in messages]
+        shorter = self._renderings(marked, rendering.tools)[0][-1]
+        return shorter, self._encode(shorter)
+
+    def _fit_text(self, row: Row, encoded: Encoded) -> tuple[list[Example], Finding]:
+        """Plain text: the tokenizer's own beginning, the words, the end of text; all of it learnt."""
+        limit, strategy = self.config.max_length, self.config.excess_length_strategy
+        ids = np.array([*self._opening_ids, *encoded.ids], np.int32)
+        size = len(ids)
+
+        def piece(start: int) -> Example:
+            held = ids[start : start + limit]
+            opening = len(self._opening_ids) if start == 0 else 0
+            return Example(row.where, held, np.ones(len(held), bool), (0, 0, len(held) - opening, 0, opening))
+
+        if size <= limit:
+            return [piece(0)], NOTHING
+        if strategy == "raise":
+            raise DataError(row.where, self._too_long(size), "shorten it, or set data.excess_length_strategy")
+        if strategy == "drop":
+            raise CannotRender(self._too_long(size))
+        if strategy == "truncate":
+            return [piece(0)], Finding.WITHOUT_END
+        # A piece begins with the last token of the one before: it predicts the first new one.
+        return [piece(start) for start in range(0, size - 1, max(limit - 1, 1))], Finding.SPLIT
+
+    def _too_long(self, tokens: int, more: str = "") -> str:
+        return f"has {more}{tokens:,} tokens, above data.max_length={self.config.max_length:,}"
+
+    @cached_property
+    def _opening_ids(self) -> list[int]:
+        """What the tokenizer writes in front of plain text, such as <s>."""
+        encoding = self.encoder.tokenizer.encode("a", add_special_tokens=True)
+        first = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
+        return list(encoding.ids[:first])
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters that one token stands for at most: a text that is longer than so many times has more tokens."""
+        return max(map(len, self.encoder.tokenizer.get_vocab()))
 
 
-def _mask(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """True for tokens that begin inside a span and hold at least one character.
+def _example(row: Row, rendering: Rendering, encoded: Encoded) -> Example:
+    ids = np.array(encoded.ids, np.int32)
+    mask = np.zeros(len(ids), bool)
+    for begin, end in rendering.learnt:
+        mask[encoded.token_at(begin) : encoded.token_at(end)] = True
+    return Example(row.where, ids, mask, _parts(rendering, encoded, len(ids)))
 
-    Their end says nothing: Phi-3's control tokens take the white space behind them into their offsets.
-    """
-    return [left < right and any(start <= left < end for start, end in spans) for left, right in offsets]
+
+def _parts(rendering: Rendering, encoded: Encoded, limit: int) -> tuple[int, ...]:
+    """Tokens of each of PARTS among the first `limit`."""
+    counts = dict.fromkeys(PARTS, 0)
+    places = [*rendering.words, *(("assistant", span) for _, span in rendering.turns)]
+    for role, (begin, end) in places:
+        counts[role] += max(min(encoded.token_at(end), limit) - min(encoded.token_at(begin), limit), 0)
+    counts["template"] = limit - sum(counts.values())
+    return tuple(counts.values())
+
+
+def _unmarked(rendering: Rendering, letters: Mapping[str, str]) -> Rendering:
+    """The text with words in place of the letters that stood for them, and every span moved along."""
+    if not letters:
+        return rendering
+    pattern = re.compile("[" + "".join(letters) + "]")
+    pieces, starts, places = [], [], []
+    at = grown = 0
+    for match in pattern.finditer(rendering.text):
+        token = letters[match.group()]
+        pieces += [rendering.text[at : match.start()], token]
+        starts.append(match.end())
+        begin = match.start() + grown
+        places.append((begin, begin + len(token)))
+        grown += len(token) - 1
+        at = match.end()
+    text = "".join([*pieces, rendering.text[at:]])
+    sizes = [end - begin - 1 for begin, end in places]
+
+    def moved(span: Span) -> Span:
+        begin, end = (char + sum(s for start, s in zip(starts, sizes, strict=True) if start <= char) for char in span)
+        return begin, end
+
+    return replace(
+        rendering,
+        text=text,
+        learnt=[moved(span) for span in rendering.learnt],
+        turns=[(index, moved(span)) for index, span in rendering.turns],
+        words=[(role, moved(span)) for role, span in rendering.words],
+        as_text=places,
+        messages=_mapped(rendering.messages, lambda said: pattern.sub(lambda m: letters[m.group()], said)),
+        tools=_mapped(rendering.tools, lambda said: pattern.sub(lambda m: letters[m.group()], said)),
+    )
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Spans in order, those that touch as one."""
+    joined: list[Span] = []
+    for begin, end in sorted(spans):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def _without_system(messages: list[Message], prepend: bool) -> list[Message]:
+    """The conversation without its system message, whose words may go in front of the first user message."""
+    system, *rest = messages
+    if prepend and system["content"].strip():
+        index = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
+        if index is None:
+            raise CannotRender("has no user message to put the system message in front of")
+        rest[index] = {**rest[index], "content": f"{system['content']}\n\n{rest[index]['content']}"}
+    return rest
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a structure, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The structure with every text changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    return value

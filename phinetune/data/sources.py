@@ -1,113 +1,160 @@
-"""From files to rows: where each row stands, and the rows that are no chat.
+"""From what a recipe names to the files that hold the rows.
 
-A later reader of other formats returns the same `Row`s.
+A source is a file, a folder, a pattern (`data/*.jsonl`), a shipped set (`phinetune:orders/train`), standard input
+(`-`), a Hub data set (`owner/name`, or `owner/name:split`), or rows that are objects in Python.  The last three are
+brought into a file first, so that behind this door there are only files.
 """
 
+import bz2
+import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import lzma
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from phinetune.errors import DataError
+from phinetune.recipe import DataSource
 
-ROLES = ("system", "user", "assistant", "tool")
 SHIPPED = "phinetune:"
+STDIN = "-"
+KINDS = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MEND = f"give JSON Lines, JSON, CSV, TSV, Parquet or Arrow files, perhaps with {', '.join(COMPRESSIONS)} or .zst"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One chat: `where` is `file:line`, `messages` as the OpenAI format has them."""
+class DataFile:
+    """A file of rows: `name` is what its rows are called by, `name:line`."""
 
-    where: str
-    messages: list[dict[str, Any]]
-    raw: Any = None
+    path: Path
+    name: str
+    kind: str
+    compression: str = ""
+    format: str = "auto"
+    columns: dict[str, str] | None = None
+    weight: float = 1.0
+    unreadable: dict[int, str] = field(default_factory=dict)  # rows from Python that are no JSON, and why
+
+    def open(self) -> IO[bytes]:
+        """Its bytes, decompressed."""
+        if self.compression == ".zst":
+            import pyarrow
+
+            return pyarrow.CompressedInputStream(pyarrow.OSFile(str(self.path)), "zstd")  # type: ignore[no-any-return]
+        return COMPRESSIONS.get(self.compression, open)(self.path, "rb")  # type: ignore[no-any-return]
+
+    def place(self, number: int) -> str:
+        """What a row is called by: the line of a text file, the number of a row elsewhere, from 1."""
+        return f"{self.name}:{number}"
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A row that can't be used, and why."""
-
-    where: str
-    reason: str
-    raw: Any = None
-
-
-def read_rows(source: str | Sequence[Any]) -> Iterator[Row | Rejected]:
-    """The rows of a JSON Lines file, of several, of a shipped set (`phinetune:orders/train`) or of a list.
+@contextmanager
+def open_sources(given: Any, rows: Iterable[Any] | None = None) -> Iterator[list[DataFile]]:
+    """The files behind `data.train` or `data.eval`; rows given from Python take their place.
 
     Raises:
-        DataError: for a file that isn't there, can't be read, or isn't text.
+        DataError: for what isn't there, isn't readable or isn't of a known kind.
     """
-    if isinstance(source, str):
-        yield from _read_json_lines(_shipped(source) if source.startswith(SHIPPED) else Path(source), source)
-    elif all(isinstance(item, str) for item in source):
-        for path in source:
-            yield from read_rows(path)
+    with ExitStack() as stack:
+        if rows is not None:
+            yield [stack.enter_context(_rows_as_file(rows))]
+            return
+        files: list[DataFile] = []
+        for item in given if isinstance(given, list) else [given]:
+            source = item if isinstance(item, DataSource) else DataSource(path=item)
+            if source.path == STDIN:
+                found = [stack.enter_context(_stdin_as_file(source))]
+            else:
+                found = list(_find(source))
+            files += found
+        yield files
+
+
+def _find(source: DataSource) -> Iterator[DataFile]:
+    said = source.path
+    if said.startswith(SHIPPED):
+        yield _file(_shipped(said), said, source)
+        return
+    path = Path(said).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind_of(p)[0] and not _is_hidden(p, path))
+        if not found:
+            raise DataError(said, "the folder holds no data files", MEND)
+        for file in found:
+            yield _file(file, str(file), source)
+    elif path.exists():
+        yield _file(path, said, source)
+    elif any(sign in said for sign in "*?["):
+        root = Path(path.anchor) if path.is_absolute() else Path()
+        pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else str(path)
+        found = sorted(p for p in root.glob(pattern) if p.is_file())
+        if not found:
+            raise DataError(said, "no file matches", "correct the pattern")
+        for file in found:
+            yield _file(file, str(file), source)
+    elif is_hub_id(said):
+        yield from _from_hub(source)
     else:
-        for index, item in enumerate(source):
-            yield check_row(item, f"row {index}")
+        raise DataError(said, "no such file", "give a file, a folder, a pattern, a Hub id (owner/name) or -")
 
 
-def check_row(value: Any, where: str) -> Row | Rejected:
-    """A decoded line as a `Row`, or the reason why it is none."""
-    if not isinstance(value, Mapping):
-        return Rejected(where, f"is {_kind(value)}, not an object with `messages`", value)
-    messages = value.get("messages")
-    if messages is None:
-        keys = ", ".join(list(map(str, value))[:8]) or "nothing"
-        return Rejected(where, f"has no `messages` (it has {keys})", value)
-    if not isinstance(messages, list) or not messages:
-        return Rejected(where, "`messages` is empty or not a list", value)
-    for index, message in enumerate(messages):
-        reason = _check_message(message)
-        if reason:
-            return Rejected(where, f"message {index + 1} {reason}", value)
-    if not any(message["role"] == "assistant" for message in messages):
-        return Rejected(where, "has no assistant message, so there is nothing to learn", value)
-    return Row(where, [dict(message) for message in messages], value)
+def is_hub_id(said: str) -> bool:
+    """`owner/name` or `owner/name:split`, and no file name."""
+    name = said.partition(":")[0]
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not _kind_of(Path(name))[0]
 
 
-def _check_message(message: Any) -> str:
-    if not isinstance(message, Mapping):
-        return f"is {_kind(message)}, not an object with `role` and `content`"
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        return f"has the role {role!r}; known are {', '.join(ROLES)}"
-    if not isinstance(content, str):
-        return f"({role}) has {_kind(content)} as content, not text"
-    if role == "assistant" and not content.strip():
-        return "(assistant) is empty"
-    if any("\ud800" <= char <= "\udfff" for char in content):
-        return f"({role}) holds half a surrogate pair, which no tokenizer can read"
-    return ""
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
 
 
-def _read_json_lines(path: Path, said: str) -> Iterator[Row | Rejected]:
+def _kind_of(path: Path) -> tuple[str, str]:
+    """(kind, compression) by a file's name; an empty kind where the name doesn't say."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in (*COMPRESSIONS, ".zst") else ""
+    return KINDS.get(suffixes[-1] if suffixes else "", ""), compression
+
+
+def _file(path: Path, said: str, source: DataSource) -> DataFile:
+    kind, compression = _kind_of(path)
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise DataError(said, "no such file", "give the path of a JSON Lines file of chats") from None
+        with path.open("rb") as file:
+            begin = file.read(4096)
     except OSError as error:
-        raise DataError(said, f"can't be read ({error.strerror})", "give a JSON Lines file of chats") from None
-    with file:
-        number = 0
-        for number, line in enumerate(file, 1):
-            where = f"{said}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                yield check_row(json.loads(text), where)
-            except UnicodeDecodeError as error:
-                yield Rejected(where, f"is not UTF-8 ({error.reason} at byte {error.start})", line.decode("latin-1"))
-            except json.JSONDecodeError as error:
-                yield Rejected(where, f"is not valid JSON ({error.msg} at column {error.colno})", text)
-            except RecursionError:
-                yield Rejected(where, "is nested too deeply to be a chat", text[:1000])
-        if number == 0:
-            raise DataError(said, "is empty", "put one chat a line in it")
+        raise DataError(said, f"can't be read ({error.strerror})", MEND) from None
+    if not begin:
+        raise DataError(said, "is empty", "put one chat a line in it")
+    if not kind:
+        kind = _kind_by_content(begin)
+    if not kind:
+        raise DataError(said, f"is of no known kind ({path.suffix or 'no suffix'})", MEND)
+    return DataFile(path, said, kind, compression, source.format, source.columns, source.weight)
+
+
+def _kind_by_content(begin: bytes) -> str:
+    """For names that don't say: a JSON object a line, a JSON array, Parquet, Arrow; nothing for the rest."""
+    if begin.startswith(b"PAR1"):
+        return "parquet"
+    if begin.startswith(b"ARROW1"):
+        return "arrow"
+    return {b"{": "lines", b"[": "json"}.get(begin.removeprefix(b"\xef\xbb\xbf").lstrip()[:1], "")
 
 
 def _shipped(name: str) -> Path:
@@ -119,6 +166,60 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+def _from_hub(source: DataSource) -> Iterator[DataFile]:
+    """The Arrow files that `datasets` keeps of a Hub data set's split."""
+    name, _, split = source.path.partition(":")
+    split = split or source.split or "train"
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        what = "no such file; as a Hub data set it needs the package datasets"
+        raise DataError(source.path, what, "pip install 'phinetune[hub]'") from None
+    try:
+        found = load_dataset(name, source.name, split=split, revision=source.revision)
+    except Exception as error:  # a data set's own files decide what may go wrong
+        reason = " ".join(str(error).split())[:300]
+        what = f"no such file, and it can't be had from the Hugging Face Hub ({type(error).__name__}: {reason})"
+        raise DataError(source.path, what, "check the name, split and revision, or give a local file") from None
+    said = f"{name}:{split}"
+    for number, file in enumerate(found.cache_files):
+        part = f"#{number}" if len(found.cache_files) > 1 else ""
+        yield DataFile(Path(file["filename"]), said + part, "arrow", "", source.format, source.columns, source.weight)
+
+
+@contextmanager
+def _stdin_as_file(source: DataSource) -> Iterator[DataFile]:
+    """Standard input, kept in a temporary file: it is read twice, and only once to be had."""
+    with tempfile.TemporaryDirectory(prefix="phinetune-") as folder:
+        path = Path(folder) / "stdin"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        with path.open("rb") as file:
+            kind = _kind_by_content(file.read(4096))
+        if path.stat().st_size == 0:
+            raise DataError("standard input", "is empty", "pipe one chat a line into it")
+        yield DataFile(path, "stdin", kind or "lines", "", source.format, source.columns, source.weight)
+
+
+@contextmanager
+def _rows_as_file(rows: Iterable[Any]) -> Iterator[DataFile]:
+    """Rows from Python as JSON Lines; what JSON can't hold is named row by row, never turned into text."""
+    with tempfile.TemporaryDirectory(prefix="phinetune-") as folder:
+        path = Path(folder) / "rows.jsonl"
+        unreadable: dict[int, str] = {}
+        with path.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            for number, row in enumerate(rows, 1):
+                try:
+                    file.write(json.dumps(row, ensure_ascii=True) + "\n")
+                except (TypeError, ValueError, RecursionError) as error:
+                    unreadable[number] = f"holds what JSON can't ({error})"
+                    file.write("null\n")
+        if path.stat().st_size == 0:
+            raise DataError("rows from Python", "there are none", "give at least one chat")
+        yield DataFile(path, "row", "lines", unreadable=unreadable)
+
+
+def describe(files: Sequence[DataFile]) -> str:
+    """The names of the files, shortened where there are many."""
+    names = [file.name for file in files]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

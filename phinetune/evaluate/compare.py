@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phinetune import lora
-from phinetune.data import Example, Row
+from phinetune.data import Example, Renderer, Row
 from phinetune.evaluate.loss import evaluate_loss
 from phinetune.generate import answers
 from phinetune.recipe import EvaluationConfig
@@ -38,6 +38,7 @@ class Comparison:
 def compare(
     model: Any,
     tokenizer: Any,
+    renderer: Renderer,
     examples: Sequence[Example],
     rows: Sequence[Row],
     config: EvaluationConfig,
@@ -45,36 +46,32 @@ def compare(
     batch_size: int,
     on_progress: Callable[[str, int], None] = lambda who, done: None,
 ) -> Comparison:
-    """Measures an adapted model without its adapters, then with them folded in."""
+    """Measures an adapted model without its adapters, then with them folded in.
+
+    `renderer` writes the prompts as it wrote what was trained on.
+    """
     measured: dict[str, dict[str, float]] = {}
-    rows = [row for row in rows if _last_answer(row) > 0]  # an answer to nothing can't be asked for
-    said: dict[str, list[str]] = {"base": [""] * len(rows), "tuned": [""] * len(rows)}
-    expected = [row.messages[_last_answer(row)]["content"] for row in rows]
+    asked = [turn for row in rows if (turn := renderer.last_answer(row))] if config.metrics else []
+    prompts, expected = [turn.prompt_ids for turn in asked], [turn.expected for turn in asked]
+    said: dict[str, list[str]] = {"base": [""] * len(asked), "tuned": [""] * len(asked)}
     was_training = model.training
     model.eval()
     modes: dict[str, AbstractContextManager[None]] = {"base": lora.disabled(model), "tuned": lora.fused(model)}
     for who, mode in modes.items():
         with mode:
             measured[who] = evaluate_loss(model, examples, max_batch_tokens)
-            if config.metrics and rows:
-                asked = [row.messages[: _last_answer(row)] for row in rows]
+            if asked:
 
                 def tell(done: int, who: str = who) -> None:
                     on_progress(who, done)
 
-                said[who] = answers(model, tokenizer, asked, config.max_new_tokens, batch_size, tell)
+                said[who] = answers(model, tokenizer, prompts, config.max_new_tokens, batch_size, tell)
                 measured[who]["exact_match"] = exact_match(said[who], expected)
     model.train(was_training)
-    questions = [row.messages[_last_answer(row) - 1]["content"] for row in rows]
-    triples = zip(questions, expected, said["base"], said["tuned"], strict=True)
-    return Comparison(measured["base"], measured["tuned"], len(examples), [Answer(*t) for t in triples])
+    quadruples = zip([turn.question for turn in asked], expected, said["base"], said["tuned"], strict=True)
+    return Comparison(measured["base"], measured["tuned"], len(examples), [Answer(*t) for t in quadruples])
 
 
 def exact_match(said: Sequence[str], expected: Sequence[str]) -> float:
     """The share of answers that equal what was expected, white space at the ends aside."""
     return sum(a.strip() == b.strip() for a, b in zip(said, expected, strict=True)) / len(expected)
-
-
-def _last_answer(row: Row) -> int:
-    """The place of the last assistant message; what stands before it is the question."""
-    return max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")

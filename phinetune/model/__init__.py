@@ -1,7 +1,7 @@
 """Base model and tokenizer: load, adapt, and what is particular to a family."""
 
 from phinetune.model.adapted import adapt_model
-from phinetune.model.family import flat_batches, fused_parts, loss_sum, takes_flat_batches
+from phinetune.model.family import flat_batches, fused_parts, long_rope_boundary, loss_sum, takes_flat_batches
 from phinetune.model.load import load_model, load_tokenizer, pick_device, resolve_dtype, revision_of
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "fused_parts",
     "load_model",
     "load_tokenizer",
+    "long_rope_boundary",
     "loss_sum",
     "pick_device",
     "resolve_dtype",

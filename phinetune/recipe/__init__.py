@@ -3,6 +3,7 @@
 from phinetune.recipe.load import dump_recipe, load_recipe, make_recipe
 from phinetune.recipe.schema import (
     DataConfig,
+    DataSource,
     EvaluationConfig,
     ModelKwargs,
     PeftConfig,
@@ -12,6 +13,7 @@ from phinetune.recipe.schema import (
 
 __all__ = [
     "DataConfig",
+    "DataSource",
     "EvaluationConfig",
     "ModelKwargs",
     "PeftConfig",

@@ -21,6 +21,7 @@ from pydantic import (
 DATA_TYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 Share = Annotated[float, Field(ge=0, lt=1)]
 WarmupSteps = Annotated[float, Field(ge=0)]
+Policy = Literal["keep", "drop", "raise"]
 # YAML reads a bare `no` as false.
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda value: "no" if value is False else value)]
 
@@ -61,21 +62,73 @@ class ModelKwargs(Section):
     """Where Hub downloads are kept."""
 
 
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pairs", "text"]
+Columns = dict[str, str]
+
+
+class DataSource(Section):
+    """One source of rows, where more is to be said than its path."""
+
+    path: str
+    """A file, a folder, a pattern (`data/*.jsonl`), `-` (standard input), `phinetune:NAME/SPLIT`, or a Hub id."""
+    split: str | None = None
+    """Of a Hub data set; `train` by default."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    name: str | None = None
+    """Configuration of a Hub data set."""
+    format: Format = "auto"
+    """How a row is read; `auto` goes by its columns."""
+    columns: Columns | None = None
+    """Our name of a column, then the file's: {user: question, assistant: answer, system: context}."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often its rows stand in an epoch: 2 is each twice, 0.25 a quarter of them, another quarter in the next."""
+
+
+Sources = str | DataSource | list[str | DataSource]
+
+
 class DataConfig(Section):
     """Which rows, and how a row becomes tokens."""
 
-    train: str | list[str]
-    """JSON Lines file(s) of chats (`{"messages": [...]}` a line), or `phinetune:orders/train`."""
-    eval: Share | str | list[str] | None = None
-    """Held-out rows: files, or a share of `train` such as 0.05."""
+    train: Sources
+    """Files of any known format, folders, patterns, Hub ids, `phinetune:orders/train`; or a mapping, or a list."""
+    eval: Share | Sources | None = None
+    """Held-out rows: the same, or a share of `train` such as 0.05."""
+    format: Format = "auto"
+    """How rows are read, where a source doesn't say."""
+    columns: Columns | None = None
+    """Our names of the columns and the files', where a source doesn't say."""
     max_length: PositiveInt = 2048
-    """Tokens a row; a longer row is left out and listed, never cut."""
+    """Tokens a row."""
+    excess_length_strategy: Literal["drop", "truncate", "split", "raise"] = "drop"
+    """A longer row is left out and listed; cut, whole turns first; made into several; or an error."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The run ends before it starts when a larger share of the rows can't be used."""
     supervise: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are learnt: all assistant turns, the last one, or every token."""
+    """Which tokens are learnt: all assistant turns, the last one, or every token. A message's `train` is stronger."""
+    duplicates: Policy = "keep"
+    """Rows that stand in the data before: kept and counted, left out, or an error."""
+    held_out_in_train: Policy = "drop"
+    """Training rows that are held-out rows too: left out of training, kept, or an error."""
+    role_order: Policy = "drop"
+    """Rows whose turns don't alternate, or begin with the assistant."""
+    empty_turns: Policy = "drop"
+    """Rows with an empty user or assistant turn."""
+    rewritten_turns: Literal["split", "last", "drop"] = "split"
+    """Where the template writes an earlier turn otherwise than a last one (reasoning stripped): the turn becomes an
+    example of its own, or isn't learnt, or the row is left out."""
+    unwritten_system: Literal["drop", "prepend", "ignore"] = "drop"
+    """Where the template doesn't write a system message: the row is left out, the text goes in front of the first
+    user message, or the text is left out."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}."""
+    today: str | None = None
+    """The day that templates which write a date are told, such as 2026-01-31; the day of the run by default."""
     max_batch_tokens: PositiveInt = 1024
     """Tokens laid into one flat batch. Layout only: any value gives the same update."""
+    num_proc: PositiveInt | None = None
+    """Processes that tokenise; one a core where the data is large, by default."""
 
 
 class TrainingConfig(Section):

@@ -12,7 +12,6 @@ new one.  Nothing in it is a pickle.
       manifest.json                                     sha256 of the above
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from torch import nn
 from phinetune import lora
 from phinetune.adapter import CONFIG_FILE, TENSOR_FILE, save_adapter
 from phinetune.errors import CheckpointError
+from phinetune.files import sha256_of
 from phinetune.train.optimiser import trainable_parameters
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def save_checkpoint(
         save_file(_parameters(model), work / PARAMETERS)
         save_file(_moments(model, optimizer), work / OPTIMIZER)
         (work / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
-        digests = {path.name: _sha256(path) for path in sorted(work.iterdir())}
+        digests = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
         (work / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n", encoding="utf-8")
         for path in work.iterdir():
             _flush(path)
@@ -118,7 +118,7 @@ def find_fault(checkpoint: Path) -> str | None:
         for name in digests:
             if Path(name).name != name:
                 return f"its manifest names {name!r}"
-            if _sha256(checkpoint / name) != digests[name]:
+            if sha256_of(checkpoint / name) != digests[name]:
                 return f"{name} has changed"
         missing = {CONFIG_FILE, TENSOR_FILE, PARAMETERS, OPTIMIZER, STATE} - digests.keys()
         return f"its manifest lacks {', '.join(sorted(missing))}" if missing else None
@@ -174,11 +174,6 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
         for name, parameter in trainable_parameters(model).items()
         for key, value in optimizer.state[parameter].items()
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -1,13 +1,11 @@
 """What a run will take, said before it starts: time and memory from the model's sizes and this machine's rate."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from phinetune import lora
-from phinetune.data import Example
 from phinetune.kernels.loss import CHUNK_BYTES
 from phinetune.kernels.products import product
 from phinetune.train.memory import memory_in_use
@@ -17,16 +15,17 @@ from phinetune.train.memory import memory_in_use
 SHARE_OF_RATE = 0.44
 
 
-def expected_seconds(model: Any, examples: Sequence[Example], tokens: int) -> float:
-    """For `tokens` trained tokens: 4 FLOP a weight and token (2 forward, 2 back), over the measured rate.
+def expected_seconds(model: Any, tokens: int, supervised: int) -> float:
+    """For `tokens` trained tokens, `supervised` of which are learnt.
+
+    4 FLOP a weight and token (2 forward, 2 back), over the measured rate.
 
     The head counts for supervised tokens only.  See Hu et al. for why a frozen weight has no third product.
     """
     head = model.get_output_embeddings()
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    share = sum(e.supervised for e in examples) / sum(len(e.ids) for e in examples)
-    flop_per_token = 4 * weights + 4 * share * (head.weight.numel() if head is not None else 0)
-    return tokens * flop_per_token / (product_rate(model) * SHARE_OF_RATE)
+    flop = 4 * weights * tokens + 4 * supervised * (head.weight.numel() if head is not None else 0)
+    return flop / (product_rate(model) * SHARE_OF_RATE)
 
 
 def product_rate(model: Any) -> float:

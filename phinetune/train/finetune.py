@@ -1,10 +1,11 @@
 """A whole fine-tune: load, adapt, batches, optimiser, resume, loop, evaluate."""
 
+import datetime
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from phinetune.adapter import save_adapter
-from phinetune.data import Prepared, plan_run, prepare, supervised_tokens, write_ledgers
+from phinetune.data import Plan, Prepared, Renderer, prepare, write_ledgers, writes_date
 from phinetune.errors import CheckpointError, RecipeError
 from phinetune.evaluate import Comparison, compare
 from phinetune.lora import lora_layers
@@ -50,7 +51,7 @@ FREE_TO_CHANGE = {
         *("log_level", "disable_tqdm", "report_to", "eval_strategy", "eval_steps", "eval_on_start"),
         *("save_strategy", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     },
-    "data": {"train", "eval", "max_rejected"},
+    "data": {"train", "eval", "max_rejected", "num_proc", "duplicates", "held_out_in_train"},
     "model_kwargs": {"token", "cache_dir"},
 }
 
@@ -74,8 +75,8 @@ class Result:
 def train(
     recipe: Recipe,
     *,
-    train_rows: list[Any] | None = None,
-    eval_rows: list[Any] | None = None,
+    train_rows: Iterable[Any] | None = None,
+    eval_rows: Iterable[Any] | None = None,
     resume: bool | str | Path = False,
     overwrite: bool = False,
     words: Sequence[str] = (),
@@ -84,7 +85,7 @@ def train(
 
     Args:
         recipe: what to do.
-        train_rows, eval_rows: lists of chats that take the place of `recipe.data.train` and `recipe.data.eval`.
+        train_rows, eval_rows: rows as objects that take the place of `recipe.data.train` and `recipe.data.eval`.
         resume: True for the newest whole checkpoint of the output folder, or a checkpoint.
         overwrite: empties an output folder that isn't empty.
         words: said at the beginning, such as what names were mapped.
@@ -97,15 +98,15 @@ def train(
     _check_folder(folder, bool(resume), overwrite or config.overwrite_output_dir)
     with MemoryPeak() as memory:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
+        checkpoint = _checkpoint_to_resume(folder, resume)
+        recipe = _with_today(recipe, tokenizer, checkpoint)
         data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
-        lengths = [len(example.ids) for example in data.train]
-        steps = plan_run(lengths, config.seed_of_rows, config, recipe.data.max_length)
+        steps = Plan(data.train.lengths, config.seed_of_rows, config, recipe.data.max_length, data.weights)
 
         learning_rate_at = learning_rates(config, len(steps))
         check_loggers(config)
 
         device = pick_device(config.use_cpu)
-        checkpoint = _checkpoint_to_resume(folder, resume)
         recipe = _with_dtype(recipe, device, checkpoint)
         identity = _identity(recipe, data)
         if checkpoint is not None:
@@ -143,7 +144,7 @@ def train(
                 loop.write_last_evaluation(comparison.tuned)
             summary = {
                 "model": recipe.model,
-                "rows": len(data.train),
+                "rows": data.ledgers["train"].used,
                 "steps": len(steps),
                 "seconds": round(time.perf_counter() - began, 1),
                 "peak_gb": round(memory.gb, 3),
@@ -174,7 +175,7 @@ def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh:
     if fresh:
         _remove_run(folder)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    write_ledgers(folder, data.ledgers, data.fingerprint)
+    write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
     tokenizer.save_pretrained(folder)
     with run_log(folder, recipe.training_config.log_level):
         yield
@@ -209,6 +210,15 @@ def _with_dtype(recipe: Recipe, device: torch.device, checkpoint: Path | None) -
     return recipe.model_copy(update={"model_kwargs": kwargs})
 
 
+def _with_today(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Recipe:
+    """The recipe with the day that a template which writes the date is told: that on which the run began."""
+    if recipe.data.today is not None or not writes_date(tokenizer):
+        return recipe
+    begun = read_state(checkpoint)["identity"].get("data.today") if checkpoint else None
+    today = begun or datetime.date.today().isoformat()
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"today": today})})
+
+
 def _checkpoint_to_resume(folder: Path, resume: bool | str | Path) -> Path | None:
     """The checkpoint that is asked for; None for a run from the beginning."""
     if not resume:
@@ -240,11 +250,15 @@ def _announce(loop: Loop, data: Prepared) -> None:
     model = loop.model
     for name, ledger in data.ledgers.items():
         log.info(
-            f"{name}: {ledger.used:,} rows of {ledger.source} used, {len(ledger.rejected):,} rejected; "
+            f"{name}: {ledger.used:,} rows of {ledger.source} used, {ledger.rejected:,} rejected; "
             f"{ledger.tokens:,} tokens, {ledger.supervised:,} of them supervised"
         )
-        for rejected in ledger.rejected[:5]:
+        for rejected in ledger.first_rejected[:5]:
             log.warning(f"left out {rejected.where}: {rejected.reason}")
+        for words, count in ledger.dropped.items():
+            log.warning(f"left out {count:,} rows that {words}")
+        for finding, (count, places) in ledger.findings.items():
+            log.warning(f"{count:,} rows {finding.words} ({places[0]}{' …' if count > 1 else ''})")
     layers = len(list(lora_layers(model)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = loop.recipe.model_kwargs.dtype
@@ -254,15 +268,13 @@ def _announce(loop: Loop, data: Prepared) -> None:
     if not takes_flat_batches(model):
         log.info(f"{model.config.model_type} models take the general path: a row at a time")
 
-    left = [[loop.train[row] for row in rows] for rows in loop.steps[loop.step :]]
-    tokens = sum(len(example.ids) for examples in left for example in examples)
-    supervised = sum(supervised_tokens(examples) for examples in left)
-    fullest = max((sum(len(example.ids) for example in examples) for examples in left), default=0)
-    longest = max(len(example.ids) for example in loop.train)
-    batch_tokens = max(longest, min(fullest, loop.recipe.data.max_batch_tokens))
+    left = loop.steps.rows_from(loop.step)
+    tokens = int(data.train.lengths[left].sum())
+    supervised = int(data.train.supervised[left].sum())
+    batch_tokens = max(int(data.train.lengths.max()), min(tokens, loop.recipe.data.max_batch_tokens))
     log.info(
-        f"{len(left):,} steps, {tokens:,} tokens, {supervised:,} of them supervised; expected: "
-        f"{expected_seconds(model, loop.train, tokens):.0f} s, {expected_gb(model, batch_tokens):.1f} GB"
+        f"{len(loop.steps) - loop.step:,} steps, {tokens:,} tokens, {supervised:,} of them supervised; expected: "
+        f"{expected_seconds(model, tokens, supervised):.0f} s, {expected_gb(model, batch_tokens):.1f} GB"
     )
 
 
@@ -273,6 +285,7 @@ def _compare(recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, folder:
         comparison = compare(
             model,
             tokenizer,
+            Renderer.of(tokenizer, recipe.data),
             data.eval,
             data.eval_rows,
             recipe.evaluation,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from phinetune.data import Example, supervised_tokens
+from phinetune.data import Example, Plan, supervised_tokens
 from phinetune.errors import RunError, Stopped
 from phinetune.evaluate import evaluate_loss
 from phinetune.model import flat_batches, loss_sum
@@ -89,7 +89,7 @@ class Loop:
     model: Any
     optimizer: torch.optim.Optimizer
     learning_rate_at: Callable[[int], float]
-    steps: list[list[int]]  # rows of each step
+    steps: Plan  # rows of each step
     train: Sequence[Example]
     eval: Sequence[Example]
     folder: Path
@@ -100,7 +100,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         config, total = self.recipe.training_config, len(self.steps)
-        epoch_ends = self._epoch_ends()
+        epoch_ends = self.steps.epoch_ends
         eval_steps = config.eval_steps or config.logging_steps
         self._log_at = _due(config.logging_strategy, config.logging_steps, total, epoch_ends) | {total}
         self._eval_at = _due(config.eval_strategy, eval_steps, total, epoch_ends)
@@ -224,15 +224,6 @@ class Loop:
             self.recipe.training_config.save_total_limit,
         )
         log.info(f"wrote {path}")
-
-    def _epoch_ends(self) -> set[int]:
-        """Steps behind which every row has been seen once more."""
-        ends, seen = set(), 0
-        for number, rows in enumerate(self.steps, 1):
-            seen += len(rows)
-            if seen % len(self.train) == 0:
-                ends.add(number)
-        return ends
 
 
 def _due(strategy: str, every: float, total: int, epoch_ends: set[int]) -> set[int]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phinetune.data import Example, flatten, lay_out, plan_run
+from phinetune.data import Example, Plan, flatten, lay_out
 from phinetune.recipe import TrainingConfig
 
 
@@ -48,25 +48,25 @@ def config(**changes):
 
 
 def test_each_epoch_sees_every_row_once_in_another_order():
-    steps = plan_run([5] * 10, 0, config(num_train_epochs=2), 100)
+    steps = list(Plan([5] * 10, 0, config(num_train_epochs=2), 100))
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
     first, second = [*chain(*steps[:3])], [*chain(*steps[3:])]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
-    assert plan_run([5] * 10, 0, config(num_train_epochs=2), 100) == steps
-    assert plan_run([5] * 10, 1, config(num_train_epochs=2), 100) != steps
+    assert list(Plan([5] * 10, 0, config(num_train_epochs=2), 100)) == steps
+    assert list(Plan([5] * 10, 1, config(num_train_epochs=2), 100)) != steps
 
 
 @pytest.mark.parametrize(
     ("settings", "steps"), [({"max_steps": 7}, 7), ({"num_train_epochs": 0.5}, 2), ({"num_train_epochs": 2.3}, 7)]
 )
 def test_how_many_steps(settings, steps):
-    assert len(plan_run([5] * 10, 0, config(**settings), 100)) == steps
+    assert len(Plan([5] * 10, 0, config(**settings), 100)) == steps
 
 
 def test_packed_steps_fill_a_token_budget():
     lengths = [30, 50, 20, 70, 10, 90, 40, 60]
-    steps = plan_run(lengths, 0, config(num_train_epochs=1, packing=True, per_device_train_batch_size=1), 60)
+    steps = list(Plan(lengths, 0, config(num_train_epochs=1, packing=True, per_device_train_batch_size=1), 60))
     assert sorted(chain(*steps)) == list(range(8))
     totals = [sum(lengths[row] for row in step) for step in steps]
     assert all(total <= 120 for total in totals)

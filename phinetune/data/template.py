@@ -1,0 +1,84 @@
+"""A chat template as a function from messages to text, as `apply_chat_template` calls it.
+
+The template's variables are the tokenizer's special tokens and `data.chat_template_kwargs`.  A template that writes
+the date is told one day for the whole run, so that a run resumed tomorrow sees the same tokens.
+"""
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from phinetune.data.formats import Message
+from phinetune.errors import DataError
+
+
+class CannotRender(DataError):
+    """A conversation that the chat template can't write, or whose turns can't be found in what it writes."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("chat", reason, "change these messages, or the template by tokenizer_kwargs.chat_template")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """`source` in Jinja; `source_with_tools` where the tokenizer has another one for conversations with tools."""
+
+    source: str
+    source_with_tools: str
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, today: str | None = None) -> "ChatTemplate":
+        """The template of a tokenizer; `today` is a date such as 2026-01-31, the day it is by default."""
+        plain, with_tools = (_with_fixed_date(source, today) for source in _sources(tokenizer))
+        return cls(plain, with_tools, {**tokenizer.special_tokens_map, **(kwargs or {})})
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The text of a conversation, or the prompt for its next assistant turn.
+
+        Raises:
+            CannotRender: with what the template says against it.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not messages:
+            return ""
+        try:
+            texts, _ = render_jinja_template(
+                [messages],
+                tools,
+                chat_template=self.source_with_tools if tools else self.source,
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
+            )
+        except Exception as error:  # a template is a program of the model's author: it may raise anything
+            raise CannotRender(f"the chat template refuses it ({' '.join(str(error).split())})") from error
+        return str(texts[0])
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the template asks what day it is."""
+    return any("strftime_now" in source for source in _sources(tokenizer))
+
+
+def _sources(tokenizer: Any) -> tuple[str, str]:
+    """The template for conversations without tools, and for those with."""
+    return tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
+
+
+def _with_fixed_date(source: str, today: str | None) -> str:
+    """The template with `strftime_now` answering for one day."""
+    formats = set(re.findall(r"""strftime_now\(\s*["'](.*?)["']""", source))
+    if not formats or today is None:
+        return source
+    day = datetime.date.fromisoformat(today)
+    answers = "".join(f"{{% if format == {f!r} %}}{day.strftime(f)}{{% endif %}}" for f in sorted(formats))
+    return f"{{% macro strftime_now(format) %}}{answers}{{% endmacro %}}{{{{ '' }}}}{source}"

@@ -1,0 +1,155 @@
+"""All files of a source through the workers, in order; and what they make, kept in the cache.
+
+A pass holds a few chunks at a time, whatever the size of the data.  The cache's key is everything that the tokens
+depend on: the files' digests, the tokenizer, its template, the settings.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from phinetune.data.readers import Chunk, chunks
+from phinetune.data.store import MANIFEST, Piece, Store, StoreWriter
+from phinetune.data.worker import Task, Worker, WorkerProcess
+from phinetune.errors import DataError
+from phinetune.files import cache_folder, sha256_of
+
+log = logging.getLogger(__name__)
+
+WORTH_PROCESSES = 8 << 20  # bytes of data above which starting processes pays
+KEPT_UNUSED = 30 * 86400  # seconds after which tokenised data that nobody read is removed
+# Settings that no token depends on.
+NOT_IN_KEY = {
+    *("train", "eval", "max_rejected", "duplicates", "held_out_in_train", "max_batch_tokens", "num_proc"),
+    *("format", "columns"),  # each file has its own
+}
+
+
+def tokenise(task: Task, take: Callable[[Piece], None], on_progress: Callable[[int], None] = lambda done: None) -> None:
+    """Hands the pieces of all files to `take`, in order; `on_progress` is told how many rows are done.
+
+    Raises:
+        DataError: for a file that can't be read, or a row that a policy wants to be an error.
+    """
+    with _workers(task) as submit:
+        pending: deque[Future[Piece]] = deque()
+        ahead = 2 * processes(task) + 1
+
+        def finish() -> None:
+            piece = pending.popleft().result()
+            take(piece)
+            on_progress(len(piece.number) + len(piece.rejected))
+
+        for number, file in enumerate(task.files):
+            for chunk in chunks(file, number):
+                pending.append(submit(chunk))
+                if len(pending) >= ahead:
+                    finish()
+        while pending:
+            finish()
+
+
+def processes(task: Task) -> int:
+    """How many processes tokenise: those asked for, or one a core where the data is large."""
+    if task.config.num_proc:
+        return task.config.num_proc
+    size = sum(file.path.stat().st_size for file in task.files)
+    return len(os.sched_getaffinity(0)) if size > WORTH_PROCESSES else 1
+
+
+@contextmanager
+def _workers(task: Task) -> Iterator[Callable[[Chunk], "Future[Piece]"]]:
+    """A function that has a chunk worked on, here or in processes."""
+    count = processes(task)
+    if count == 1:
+        worker = Worker(task)
+
+        def at_once(chunk: Chunk) -> "Future[Piece]":
+            future: Future[Piece] = Future()
+            future.set_result(worker.piece(chunk))
+            return future
+
+        yield at_once
+        return
+    workers = [WorkerProcess(task) for _ in range(count)]
+    idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
+    for process in workers:
+        idle.put(process)
+
+    def in_process(chunk: Chunk) -> Piece:
+        process = idle.get()
+        try:
+            return process.piece(chunk)
+        finally:
+            idle.put(process)
+
+    threads = ThreadPoolExecutor(count)
+    try:
+        yield lambda chunk: threads.submit(in_process, chunk)
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for process in workers:
+            process.close()
+
+
+def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None) -> Store:
+    """The tokenised rows of some files: from the cache, or made now and kept there.
+
+    Raises:
+        DataError: as `tokenise`, or where the cache can't be written.
+    """
+    root = cache_folder() / "data"
+    folder = root / cache_key(task)
+    if (folder / MANIFEST).is_file():
+        os.utime(folder)
+        return Store(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_unused(root)
+        work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+    except OSError as error:
+        raise DataError(str(root), f"can't be written ({error.strerror})", "set PHINETUNE_CACHE") from None
+    try:
+        writer = StoreWriter(work)
+        tokenise(task, writer.append, on_progress)
+        writer.close([file.name for file in task.files])
+        try:
+            work.rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / MANIFEST).is_file():
+                raise
+    except OSError as error:
+        raise DataError(str(root), f"can't be written ({error.strerror or error})", "set PHINETUNE_CACHE") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Store(folder)
+
+
+def cache_key(task: Task) -> str:
+    """A digest of everything that the tokens depend on."""
+    settings = {name: value for name, value in task.config.model_dump(mode="json").items() if name not in NOT_IN_KEY}
+    files = [[file.name, sha256_of(file.path), file.kind, file.compression, file.format, file.columns]
+             for file in task.files]  # fmt: skip
+    template = [task.template.source, task.template.source_with_tools, task.template.variables]
+    parts: Sequence[Any] = [version("phinetune"), task.tokenizer, template, task.eos, settings, files]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _remove_unused(root: Path) -> None:
+    """Tokenised data that nobody has read for a month, and what a killed process left behind a day ago."""
+    for path in root.iterdir():
+        age = time.time() - path.stat().st_mtime
+        if age > (86400 if path.name.startswith(".tmp-") else KEPT_UNUSED):
+            shutil.rmtree(path, ignore_errors=True)

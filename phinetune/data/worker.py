@@ -1,0 +1,216 @@
+"""What happens to a chunk of a file: records -> rows -> examples, as arrays. Runs here or in a process of its own.
+
+The process is not one of multiprocessing's: those start a user's script again, which not every script survives.  It
+loads neither torch nor the model, reads chunks from its standard input and answers on its standard output.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+
+from phinetune.data.encode import Encoder
+from phinetune.data.findings import NOTHING, Finding
+from phinetune.data.formats import Rejected, Row, order_fault
+from phinetune.data.readers import Chunk, rows
+from phinetune.data.render import PARTS, Rendered, Renderer
+from phinetune.data.sources import DataFile
+from phinetune.data.store import Piece, row_to_json
+from phinetune.data.template import ChatTemplate
+from phinetune.errors import DataError
+from phinetune.recipe import DataConfig
+
+ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker must know."""
+
+    files: Sequence[DataFile]
+    template: ChatTemplate
+    tokenizer: str
+    eos: str
+    config: DataConfig
+    keep_tokens: bool = True  # a check needs only their numbers
+
+    def renderer(self) -> Renderer:
+        return Renderer(self.template, Encoder(self.tokenizer), self.config, self.eos)
+
+
+class Worker:
+    """Makes pieces of chunks."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.renderer = task, task.renderer()
+
+    def piece(self, chunk: Chunk) -> Piece:
+        """
+        Raises:
+            DataError: for a row that a policy wants to be an error.
+        """
+        rejected: list[tuple[int, str, Any]] = []
+        made: list[tuple[int, Row, Rendered, Finding]] = []
+        waiting: list[tuple[int, Row, Finding]] = []
+
+        def render() -> None:
+            outcomes = self.renderer.render_batch([row for _, row, _ in waiting])
+            for (number, row, findings), outcome in zip(waiting, outcomes, strict=True):
+                if isinstance(outcome, Rejected):
+                    rejected.append((number, outcome.reason, outcome.raw))
+                else:
+                    made.append((number, row, outcome, findings | outcome.findings))
+            waiting.clear()
+
+        for number, row in rows(chunk, self.task.files[chunk.file]):
+            checked = row if isinstance(row, Rejected) else check(row, self.task.config)
+            if isinstance(checked, Rejected):
+                rejected.append((number, checked.reason, checked.raw))
+                continue
+            waiting.append((number, *checked))
+            if len(waiting) == ROWS_AT_ONCE:
+                render()
+        render()
+        return self._piece(chunk.file, made, sorted(rejected, key=lambda r: r[0]))
+
+    def _piece(self, file: int, made: list[tuple[int, Row, Rendered, Finding]], rejected: list[Any]) -> Piece:
+        examples = [example for _, _, rendered, _ in made for example in rendered.examples]
+        lines = [row_to_json(row) for _, row, _, _ in made]
+        kept = examples if self.task.keep_tokens else []
+        return Piece(
+            file,
+            number=np.array([number for number, *_ in made], np.int64),
+            hash=np.array([digest(line) for line in lines], np.uint64),
+            findings=np.array([findings for *_, findings in made], np.uint32),
+            examples=np.array([len(rendered.examples) for _, _, rendered, _ in made], np.int32),
+            lengths=np.array([len(example.ids) for example in examples], np.int32),
+            supervised=np.array([example.supervised for example in examples], np.int32),
+            parts=np.array([example.parts for example in examples], np.int32).reshape(-1, len(PARTS)),
+            ids=np.concatenate([np.zeros(0, np.int32), *(example.ids for example in kept)]),
+            mask=np.concatenate([np.zeros(0, bool), *(example.mask for example in kept)]),
+            rows=lines if self.task.keep_tokens else [],
+            rejected=rejected,
+            formats=Counter(row.format for _, row, _, _ in made),
+        )
+
+
+def check(row: Row, config: DataConfig) -> tuple[Row, Finding] | Rejected:
+    """What the recipe's policies make of a row before it is rendered."""
+    findings = NOTHING
+    if row.text is not None:
+        return row, findings
+    if not any(message["role"] == "assistant" or message.get("train") for message in row.messages):
+        return Rejected(row.where, "has no assistant message, so there is nothing to learn", row.raw)
+    empty = [
+        f"message {number} ({message['role']}) is empty"
+        for number, message in enumerate(row.messages, 1)
+        if message["role"] in ("user", "assistant")
+        and not (message["content"] or "").strip()
+        and not message.get("tool_calls")
+    ]
+    for fault, policy, finding in (
+        (empty[0] if empty else "", config.empty_turns, Finding.EMPTY_TURN),
+        (order_fault(row.messages), config.role_order, Finding.ROLE_ORDER),
+    ):
+        if fault and policy == "raise":
+            name = "empty_turns" if finding is Finding.EMPTY_TURN else "role_order"
+            raise DataError(row.where, fault, f"correct it, or set data.{name}")
+        if fault and policy == "drop":
+            return Rejected(row.where, fault, row.raw)
+        if fault:
+            findings |= finding
+    return row, findings
+
+
+def digest(line: bytes) -> int:
+    """64 bits of a conversation's sha: two rows with the same are duplicates."""
+    return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
+
+
+class WorkerProcess:
+    """A worker in a process of its own, asked one chunk at a time."""
+
+    def __init__(self, task: Task) -> None:
+        command = [sys.executable, "-c", "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "]
+        command[-1] += "from phinetune.data.worker import serve; serve()"
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*command, json.dumps(sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        self._send(task)
+
+    def piece(self, chunk: Chunk) -> Piece:
+        """
+        Raises:
+            DataError: what the worker raised, or that it died.
+        """
+        try:
+            self._send(chunk)
+            answer = _receive(self.process.stdout)
+        except (BrokenPipeError, EOFError):
+            code = self.process.wait()
+            what = f"the process that tokenises ended with {code}"
+            raise DataError("data", what, "perhaps memory ran out: set data.num_proc: 1") from None
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, Piece)
+        return answer
+
+    def close(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass
+        self.process.terminate()
+        self.process.wait()
+
+    def _send(self, thing: Any) -> None:
+        assert self.process.stdin
+        _write(self.process.stdin, thing)
+
+
+def serve() -> None:
+    """The worker's side: a task, then chunks, until the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends this process
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not come between
+    asked = sys.stdin.buffer
+    try:
+        worker = Worker(_receive(asked))
+        while True:
+            chunk = _receive(asked)
+            try:
+                answer: Any = worker.piece(chunk)
+            except Exception as error:
+                answer = error
+            _write(answers, answer)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)
+
+
+def _write(pipe: IO[bytes], thing: Any) -> None:
+    data = pickle.dumps(thing, protocol=pickle.HIGHEST_PROTOCOL)
+    pipe.write(struct.pack("<Q", len(data)))
+    pipe.write(data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes] | None) -> Any:
+    assert pipe
+    head = pipe.read(8)
+    if len(head) < 8:
+        raise EOFError
+    data = pipe.read(struct.unpack("<Q", head)[0])
+    return pickle.loads(data)
