@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain
 from typing import Any
 
@@ -53,16 +53,21 @@ class Encoder:
     def __init__(self, tokenizer: str, words: bool = True) -> None:
         self.json = tokenizer
         self.tokenizer = Tokenizer.from_str(tokenizer)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
         self.added = {token.content: (id, token) for id, token in self.tokenizer.get_added_tokens_decoder().items()}
         self._words = _Words(self) if words else None
         if self._words is not None and not self._words.agree():
             self._words = None
 
     @classmethod
-    def of(cls, tokenizer: Any, words: bool = True) -> "Encoder":
-        return cls(tokenizer.backend_tokenizer.to_str(), words)
+    def of(cls, tokenizer: Any) -> "Encoder":
+        """That of a transformers tokenizer."""
+        return cls.shared(tokenizer_json(tokenizer))
+
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def shared(tokenizer: str) -> "Encoder":
+        """One encoder for all who have the same tokenizer: making it takes some tenths of a second."""
+        return Encoder(tokenizer)
 
     @property
     def remembers_words(self) -> bool:
@@ -139,6 +144,16 @@ class Encoder:
         if moved:
             raise ValueError(f"this tokenizer can't do without the token {moved[0]}")
         return renamed
+
+
+def tokenizer_json(tokenizer: Any) -> str:
+    """The tokenizer.json of a transformers tokenizer, without what an earlier call may have set."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return str(backend.to_str())
 
 
 def control_pattern(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from phinetune.data.encode import Encoder
+from phinetune.data.encode import tokenizer_json
 from phinetune.data.findings import Finding
 from phinetune.data.formats import Rejected
 from phinetune.data.ledger import SHOWN, Ledger
@@ -96,8 +96,7 @@ def task_of(files: list[DataFile], tokenizer: Any, config: DataConfig, keep_toke
         for file in files
     ]
     template = ChatTemplate.of(tokenizer, config.chat_template_kwargs, config.today)
-    encoder = Encoder.of(tokenizer, words=False)
-    return Task(files, template, encoder.json, tokenizer.eos_token or "", config, keep_tokens)
+    return Task(files, template, tokenizer_json(tokenizer), tokenizer.eos_token or "", config, keep_tokens)
 
 
 def _read(

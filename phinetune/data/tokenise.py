@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,17 @@ def cache_key(task: Task) -> str:
     files = [[file.name, sha256_of(file.path), file.kind, file.compression, file.format, file.columns]
              for file in task.files]  # fmt: skip
     template = [task.template.source, task.template.source_with_tools, task.template.variables]
-    parts: Sequence[Any] = [version("phinetune"), task.tokenizer, template, task.eos, settings, files]
+    parts: Sequence[Any] = [_code(), task.tokenizer, template, task.eos, settings, files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A digest of this room's own code: what another version tokenised may not be what this one would."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _remove_unused(root: Path) -> None:

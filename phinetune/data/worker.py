@@ -45,7 +45,7 @@ class Task:
     keep_tokens: bool = True  # a check needs only their numbers
 
     def renderer(self) -> Renderer:
-        return Renderer(self.template, Encoder(self.tokenizer), self.config, self.eos)
+        return Renderer(self.template, Encoder.shared(self.tokenizer), self.config, self.eos)
 
 
 class Worker:

@@ -25,6 +25,11 @@ def tokenizer_of(name, base):
     return tokenizer
 
 
+@functools.cache
+def renderer_of(name, base):
+    return Renderer.of(tokenizer_of(name, base), max_length=10_000)
+
+
 def conversation_of(template, conversation):
     return control_text(BY_NAME[template]) if conversation == "control_text" else CONVERSATIONS[conversation]
 
@@ -38,7 +43,7 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize("template", BY_NAME)
 def test_what_is_learnt(template, conversation, smollm2_tokenizer):
     tokenizer = tokenizer_of(template, smollm2_tokenizer)
-    renderer = Renderer.of(tokenizer, max_length=10_000)
+    renderer = renderer_of(template, smollm2_tokenizer)
     said = conversation_of(template, conversation)
     row = Row("here:1", said.messages, said.tools)
     expected = EXPECTED[template, conversation]
@@ -63,7 +68,7 @@ def test_what_is_learnt(template, conversation, smollm2_tokenizer):
             begins = [any(a <= begin < b for a, b in rendering.learnt) for begin, _ in offsets]
             assert example.mask.tolist() == begins
         learnt = tokenizer.decode(example.ids[example.mask])
-        if template == "mistral-7b-v0.1" and conversation in ("reasoning", "control_text"):
+        if (template, conversation) == ("mistral-7b-v0.1", "reasoning"):
             # "[/INST]<think>": no control token stands between, and this tokenizer has a token for "]<"
             assert learnt == "".join(span.removeprefix("<") for span in spans)
         else:
@@ -81,7 +86,7 @@ def test_control_text_stays_text(template, smollm2_tokenizer):
     if isinstance(EXPECTED[template, "control_text"], Refused):
         return
     tokenizer = tokenizer_of(template, smollm2_tokenizer)
-    renderer = Renderer.of(tokenizer, max_length=10_000)
+    renderer = renderer_of(template, smollm2_tokenizer)
     said = control_text(BY_NAME[template])
     harmless = [{**m, "content": m["content"].replace(BY_NAME[template].end, "WORD")} for m in said.messages]
     controls = set(tokenizer.added_tokens_decoder)
