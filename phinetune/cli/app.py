@@ -86,6 +86,35 @@ def init(
     write_recipe(data, output, model, overwrite)
 
 
+data_app = typer.Typer(help="Look at your data as training will.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+What = Annotated[list[str], typer.Argument(help="A recipe, or data: files, folders, a Hub id, -; and key=value.")]
+ForModel = Annotated[str | None, typer.Option("--model", help="Whose tokenizer and template; smollm2 by default.")]
+
+
+@data_app.command("check")
+def data_check(what: What, model: ForModel = None, json: Json = False) -> None:
+    """Read every row: what can be used and what not, tokens, lengths, findings."""
+    from phinetune.cli.data import run_check
+
+    run_check(what, model, json)
+
+
+@data_app.command("preview")
+def data_preview(
+    what: What,
+    model: ForModel = None,
+    row: Annotated[int, typer.Option(min=1, help="The first row to show.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="How many rows.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="A token a line, with its id.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page in place of the screen.")] = None,
+) -> None:
+    """Show rows token by token: what is learnt, what is only read, where control tokens stand."""
+    from phinetune.cli.data import run_preview
+
+    run_preview(what, model, row, count, ids, html)
+
+
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],

@@ -49,7 +49,7 @@ def peft_twin(model, r, lora_alpha):
 def peft_loss(twin, examples):
     """A padded batch and transformers' logits; the mean over all supervised tokens."""
     width = max(len(e.ids) for e in examples)
-    ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in examples])
+    ids = torch.tensor([[*e.ids, *[0] * (width - len(e.ids))] for e in examples])
     attention = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in examples])
     labels = torch.full_like(ids, -100)
     for row, e in enumerate(examples):

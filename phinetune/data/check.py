@@ -1,0 +1,139 @@
+"""What a data section holds, in one pass that keeps numbers alone: for people to read before they train."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from phinetune.data.findings import Finding
+from phinetune.data.ledger import Ledger
+from phinetune.data.prepare import task_of
+from phinetune.data.render import PARTS
+from phinetune.data.sources import describe, open_sources
+from phinetune.data.store import Piece
+from phinetune.data.tokenise import processes, tokenise
+from phinetune.errors import DataError
+from phinetune.recipe import DataConfig
+
+PLACES = 3  # shown of each finding and each reason
+BINS = 12
+
+
+@dataclass
+class Checked:
+    """One source: its ledger, what its rows are rejected for, the lengths, and how fast it was read."""
+
+    ledger: Ledger
+    reasons: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    lengths: Any = None
+    hashes: Any = None
+    bytes: int = 0
+    seconds: float = 0.0
+    processes: int = 1
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(from, to, examples) of lengths in tokens; widths are the same but for the last."""
+        if not len(self.lengths):
+            return []
+        top = int(np.percentile(self.lengths, 99.5))
+        width = max(1, -(-(top + 1) // BINS))
+        counts = np.bincount(np.minimum(self.lengths // width, BINS - 1), minlength=BINS)
+        bins = [(i * width, (i + 1) * width - 1, int(count)) for i, count in enumerate(counts)]
+        while bins and not bins[-1][2]:
+            bins.pop()
+        begin, _, count = bins[-1]
+        return [*bins[:-1], (begin, int(self.lengths.max()), count)]
+
+    def summary(self) -> dict[str, Any]:
+        quantiles = np.percentile(self.lengths, [50, 90, 99]).round() if len(self.lengths) else [0, 0, 0]
+        return {
+            **self.ledger.summary(),
+            "reasons": {reason: {"rows": count, "first": places} for reason, (count, places) in self.reasons.items()},
+            "length": dict(zip(("p50", "p90", "p99"), map(int, quantiles), strict=True)),
+            "histogram": [{"from": a, "to": b, "examples": count} for a, b, count in self.histogram()],
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 2),
+            "mb_per_second": round(self.bytes / 1e6 / max(self.seconds, 1e-9), 1),
+        }
+
+
+def check_data(
+    config: DataConfig, tokenizer: Any, on_progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Checked]:
+    """{"train": …} and, where rows are held out by name, {"eval": …}.
+
+    Raises:
+        DataError: if files can't be read, or hold no rows.
+    """
+    checked = {"train": _check_source(config.train, config, tokenizer, on_progress)}
+    if not isinstance(config.eval, float | int | None):
+        checked["eval"] = _check_source(config.eval, config, tokenizer, on_progress)
+        train, held = checked["train"], checked["eval"]
+        leaks = int(np.isin(train.hashes, held.hashes).sum())
+        if leaks:
+            train.ledger.findings[Finding.HELD_OUT] = (leaks, [])
+    return checked
+
+
+def _check_source(source: Any, config: DataConfig, tokenizer: Any, on_progress: Callable[[int], None]) -> Checked:
+    lengths, hashes = [np.zeros(0, np.int32)], [np.zeros(0, np.uint64)]
+    reasons: Counter[str] = Counter()
+    places: dict[str, list[str]] = {}
+    found: Counter[Finding] = Counter()
+    found_at: dict[Finding, list[str]] = {}
+    formats: Counter[str] = Counter()
+    parts = np.zeros(len(PARTS), np.int64)
+
+    with open_sources(source) as files:
+        ledger = Ledger(describe(files))
+        checked = Checked(ledger, bytes=sum(file.path.stat().st_size for file in files))
+
+        def take(piece: Piece) -> None:
+            file = files[piece.file]
+            lengths.append(piece.lengths)
+            hashes.append(piece.hash)
+            parts.__iadd__(piece.parts.sum(0, dtype=np.int64))
+            formats.update(piece.formats)
+            ledger.used += len(piece.number)
+            ledger.supervised += int(piece.supervised.sum())
+            for number, reason, _ in piece.rejected:
+                kind = kind_of_reason(reason)
+                reasons[kind] += 1
+                if len(places.setdefault(kind, [])) < PLACES:
+                    places[kind].append(f"{file.place(number)} {reason}")
+            for finding in Finding:
+                which = (piece.findings & np.uint32(finding)).nonzero()[0]
+                found[finding] += len(which)
+                for row in which[: PLACES - len(found_at.setdefault(finding, []))]:
+                    found_at[finding].append(file.place(int(piece.number[row])))
+
+        task = task_of(files, tokenizer, config, keep_tokens=False)
+        checked.processes = processes(task)
+        begin = time.perf_counter()
+        tokenise(task, take, on_progress)
+        checked.seconds = time.perf_counter() - begin
+
+    checked.lengths, checked.hashes = np.concatenate(lengths), np.concatenate(hashes)
+    checked.reasons = {kind: (count, places[kind]) for kind, count in reasons.most_common()}
+    ledger.rejected = reasons.total()
+    ledger.examples, ledger.tokens = len(checked.lengths), int(checked.lengths.sum())
+    ledger.longest = int(checked.lengths.max(initial=0))
+    ledger.parts, ledger.formats = dict(zip(PARTS, parts.tolist(), strict=True)), dict(formats)
+    ledger.findings = {finding: (count, found_at[finding]) for finding, count in found.items() if count}
+    duplicates = len(checked.hashes) - len(np.unique(checked.hashes))
+    if duplicates:
+        ledger.findings[Finding.DUPLICATE] = (duplicates, [])
+    if not ledger.rows:
+        raise DataError(ledger.source, "holds no rows", "put one chat a line in it")
+    return checked
+
+
+def kind_of_reason(reason: str) -> str:
+    """A reason without what differs from row to row, so that like ones are counted together."""
+    reason = re.sub(r"\(it has .*\)", "", reason)
+    reason = re.sub(r"\([^()]*\)$", "", reason) if "JSON" not in reason else re.sub(r" at column \d+", "", reason)
+    return re.sub(r"\d[\d,]*", "N", reason).strip()
