@@ -20,6 +20,7 @@ from itertools import accumulate, chain
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 # What tokenizers (Rust) calls white space.
 SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -84,6 +85,26 @@ class Encoder:
     def direct(self, text: str) -> Encoded:
         """By the tokenizer itself."""
         return _from_offsets(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def loses(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer has no token for some character of a text, and leaves it out or writes `unk`."""
+        return self._unk in ids or len(text.encode().translate(None, self._missing_bytes)) < len(text.encode())
+
+    @cached_property
+    def _unk(self) -> int:
+        unk = json.loads(self.json)["model"].get("unk_token")
+        id = self.tokenizer.token_to_id(unk) if isinstance(unk, str) else None
+        return -1 if id is None else id
+
+    @cached_property
+    def _missing_bytes(self) -> bytes:
+        """Bytes that a byte-level vocabulary lacks; none in others."""
+        parts = _flat(json.loads(self.json)["pre_tokenizer"], "pretokenizers")
+        if not any(part["type"] == "ByteLevel" for part in parts):
+            return b""
+        letters = ByteLevel.alphabet()
+        held = [letter for letter in letters if self.tokenizer.token_to_id(letter) is None]
+        return bytes(_byte_of(letter) for letter in held)
 
     def encode_with_text(self, text: str, places: Sequence[tuple[int, int]]) -> Encoded:
         """Ids of a text in which the control tokens at `places` (begin, end) are words and nothing more.
@@ -308,6 +329,13 @@ class _Lookup(dict[str, tuple[int, ...]]):
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         return self.known[word]
+
+
+def _byte_of(letter: str) -> int:
+    """The byte that a byte-level vocabulary writes as this letter: itself if it can be printed, else from Ā on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return ord(letter) if ord(letter) in printed else others[ord(letter) - 0x100]
 
 
 _odd = re.compile(r"\s ")

@@ -17,6 +17,7 @@ class Finding(IntFlag):
     SYSTEM_IGNORED = auto()
     EMPTY_SYSTEM = auto()
     ENDLESS = auto()
+    UNWRITABLE = auto()
     ROLE_ORDER = auto()
     EMPTY_TURN = auto()
     DUPLICATE = auto()
@@ -39,6 +40,7 @@ WORDS = {
     Finding.SYSTEM_IGNORED: "have a system message that the template doesn't write: it is left out",
     Finding.EMPTY_SYSTEM: "have an empty system message",
     Finding.ENDLESS: "have an answer behind which the template writes no control token: its end is not learnt",
+    Finding.UNWRITABLE: "hold characters that the tokenizer can't write: they are lost",
     Finding.ROLE_ORDER: "have turns that don't alternate, or begin with the assistant",
     Finding.EMPTY_TURN: "have an empty turn",
     Finding.DUPLICATE: "stand in the data before",

@@ -320,8 +320,6 @@ def _required(record: Mapping[str, Any], column: str) -> Any:
 
 
 def _text(value: Any, column: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # a CSV-like answer such as 42
     if not isinstance(value, str):
         raise _BadRow(f"`{column}` is {kind_of(value)}, not text")
     _check_text(value, f"`{column}`")

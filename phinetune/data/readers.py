@@ -4,6 +4,7 @@ A record is a decoded value with its number (the line of a text file, the number
 why there is none at this place.
 """
 
+import codecs
 import csv
 import io
 import itertools
@@ -58,10 +59,11 @@ def records(chunk: Chunk, file: DataFile) -> Iterator[Record]:
         yield from chunk.records or ()
         return
     for number, line in enumerate(chunk.lines.split(b"\n"), chunk.first):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
             where = file.place(number)
             reason = file.unreadable.get(number)
-            yield number, Rejected(where, reason) if reason else decode_line(line, where, number == 1)
+            yield number, Rejected(where, reason) if reason else decode_line(line, where)
 
 
 def rows(chunk: Chunk, file: DataFile) -> Iterator[tuple[int, Row | Rejected]]:
@@ -85,10 +87,10 @@ def read_rows(source: Any) -> Iterator[Row | Rejected]:
                 yield from (row for _, row in rows(chunk, file))
 
 
-def decode_line(line: bytes, where: str, first: bool = False) -> Any:
+def decode_line(line: bytes, where: str) -> Any:
     """The JSON value of a line, or a Rejected."""
     try:
-        text = line.decode("utf-8-sig" if first else "utf-8").strip()
+        text = line.decode().strip()
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 ({error.reason} at byte {error.start})"
         if b"\0" in line[:64]:

@@ -188,8 +188,12 @@ class Renderer:
                 rendering = replace(rendering, as_text=[m.span() for m in self._marks.finditer(row.text)])
                 return [rendering], Finding.CONTROL_TEXT if rendering.as_text else NOTHING
             renderings, findings = self._renderings(row.messages, row.tools)
+            for rendering in renderings:
+                rendering.text.encode()
         except CannotRender as error:
             return Rejected(row.where, error.reason, row.raw)
+        except UnicodeEncodeError:
+            return Rejected(row.where, "holds half a surrogate pair, which no tokenizer can read", row.raw)
         if self.config.excess_length_strategy == "drop":
             for rendering in renderings:
                 if len(rendering.text) > self.config.max_length * self._longest_token:
@@ -436,9 +440,10 @@ class Renderer:
         examples: list[Example] = []
         try:
             for rendering, ready in pairs:
-                made, found = self._fit(row, rendering, ready or self._encode(rendering))
+                ids = ready or self._encode(rendering)
+                made, found = self._fit(row, rendering, ids)
                 examples += made
-                findings |= found
+                findings |= found | (Finding.UNWRITABLE if self.encoder.loses(rendering.text, ids.ids) else NOTHING)
         except CannotRender as error:
             return Rejected(row.where, error.reason, row.raw)
         examples = [example for example in examples if example.supervised]

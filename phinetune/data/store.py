@@ -205,10 +205,12 @@ class Rows(Sequence[Row]):
 
 
 def row_to_json(row: Row) -> bytes:
-    held = {"messages": row.messages} if row.text is None else {"text": row.text}
-    return json.dumps({**held, "tools": row.tools} if row.tools else held, ensure_ascii=False).encode()
+    held: dict[str, Any] = {"messages": row.messages} if row.text is None else {"text": row.text}
+    if row.tools:
+        held["tools"] = row.tools
+    return json.dumps(held, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def row_from_json(line: bytes, where: str) -> Row:
-    held = json.loads(line)
+    held = json.loads(line.decode(errors="surrogatepass"))
     return Row(where, held.get("messages", []), held.get("tools"), held.get("text"), "stored", held)

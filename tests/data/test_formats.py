@@ -44,8 +44,8 @@ CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"c
         (
             "alpaca",
             {
-                **{"instruction": "Add.", "input": "1 and 2", "output": "3"},
-                **{"system": "Be kind.", "history": [["Hi", "Hello."]]},
+                "instruction": "Add.", "input": "1 and 2", "output": "3",
+                "system": "Be kind.", "history": [["Hi", "Hello."]],
             },
             [SYSTEM, USER, SAID, {"role": "user", "content": "Add.\n1 and 2"}, {"role": "assistant", "content": "3"}],
         ),

@@ -29,7 +29,7 @@ def outcome(path, tokenizer):
             json.dumps(raw, default=str)
             rejected.append((f"{path}:{number}", reason))
 
-    config = DataConfig(train=str(path), max_rejected=1.0)
+    config = DataConfig(train=str(path), max_length=1 << 26)
     with open_sources(config.train) as files:
         tokenise(task_of(files, tokenizer, config), take)
     return used, rejected
