@@ -31,6 +31,7 @@ from phinetune.errors import AdapterError
 from phinetune.lora.targets import from_pattern
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+CHAT_FORMAT_FILE = "chat_format.json"  # ours: digests of the chat template and tokenizer it was tuned with
 PREFIX = "base_model.model."
 
 # Initialisations that change the base, and that can be computed from it again.
@@ -82,11 +83,25 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise AdapterError(str(folder / TENSOR_FILE), f"is damaged ({error})", "take an earlier checkpoint") from None
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Both files, into a folder that exists."""
+def read_chat_format(folder: str | Path) -> dict[str, str]:
+    """The digests of the template and tokenizer that an adapter was tuned with; nothing where none were noted."""
+    path = Path(folder) / CHAT_FORMAT_FILE
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(str(path), f"can't be read ({error})", "remove it to go on without") from None
+    return noted if isinstance(noted, dict) else {}
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], chat_format: Mapping[str, str] | None = None
+) -> None:
+    """Both files, into a folder that exists; `chat_format` into a third, which PEFT passes over."""
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+    if chat_format is not None:
+        (folder / CHAT_FORMAT_FILE).write_text(json.dumps(chat_format, indent=2) + "\n", encoding="utf-8")
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -20,9 +20,16 @@ CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, base: str, revision: str | None = None, adapter_name: str = DEFAULT
+    model: nn.Module,
+    folder: Path,
+    base: str,
+    revision: str | None = None,
+    adapter_name: str = DEFAULT,
+    chat_format: Mapping[str, str] | None = None,
 ) -> None:
     """Writes both files into a folder that exists; into its subfolder `adapter_name` where that isn't "default".
+
+    `chat_format` (`data.chat_fingerprint`) is what the adapter was tuned with, to be compared when it is loaded.
 
     Raises:
         AdapterError: if a layer has no PEFT form.
@@ -34,7 +41,7 @@ def save_adapter(
         raise AdapterError(f"adapter {adapter_name!r}", str(error), "or save lora.lora_state_dict(model)") from None
     folder = folder if adapter_name == DEFAULT else folder / adapter_name
     folder.mkdir(exist_ok=True)
-    write_adapter(folder, config, tensors)
+    write_adapter(folder, config, tensors, chat_format)
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str = DEFAULT) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.adapter.load import load_adapter
-from phinetune.adapter.peft_format import CONFIG_FILE, read_adapter
+from phinetune.adapter.peft_format import CONFIG_FILE, read_adapter, read_chat_format
+from phinetune.data import chat_fingerprint
 from phinetune.errors import AdapterError
 from phinetune.model import fused_parts, load_model, load_tokenizer, pick_device, smollm2
 from phinetune.recipe import ModelKwargs
@@ -19,14 +20,17 @@ def run_folders(folder: Path) -> list[Path]:
     return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
 
 
-def load_tuned(folder: str | Path, kwargs: ModelKwargs, base: str | None = None) -> tuple[Any, Any]:
+def load_tuned(
+    folder: str | Path, kwargs: ModelKwargs, base: str | None = None, allow_template_mismatch: bool = False
+) -> tuple[Any, Any]:
     """(model, tokenizer) of an adapter folder.
 
     The tokenizer and its chat template are those saved beside the adapter (or, for a checkpoint, beside the run),
     else the base's.
 
     Raises:
-        AdapterError, ModelError: if the adapter or its base can't be had.
+        AdapterError, ModelError: if the adapter or its base can't be had, or the tokenizer or its chat template isn't
+            the one that the adapter was tuned with.
     """
     folder = Path(folder)
     config, _ = read_adapter(folder)
@@ -39,6 +43,17 @@ def load_tuned(folder: str | Path, kwargs: ModelKwargs, base: str | None = None)
     kwargs = kwargs.model_copy(update={"revision": kwargs.revision or revision})
     own = [f for f in run_folders(folder) if (f / "tokenizer.json").is_file()]
     tokenizer = load_tokenizer(str(own[0]) if own else base, kwargs)
+    if not allow_template_mismatch:
+        _check_chat_format(folder, tokenizer)
     model = load_model(base, kwargs, pick_device(use_cpu=False))
     load_adapter(model, folder, fused_parts(model.config))
     return model.eval(), tokenizer
+
+
+def _check_chat_format(folder: Path, tokenizer: Any) -> None:
+    """Raises AdapterError if the adapter was tuned with another template or tokenizer; older ones don't say."""
+    then, now = read_chat_format(folder), chat_fingerprint(tokenizer)
+    changed = [f"chat {part}" if part == "template" else part for part in now if then.get(part, now[part]) != now[part]]
+    if changed:
+        what = f"was tuned with another {' and '.join(changed)} than the tokenizer at hand has: answers would differ"
+        raise AdapterError(str(folder), what, "use those saved with it, or --allow-template-mismatch")

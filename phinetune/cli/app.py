@@ -20,6 +20,9 @@ app = typer.Typer(
 UsageError: Any = typer.BadParameter.__bases__[0]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+AnyTemplate = Annotated[
+    bool, typer.Option("--allow-template-mismatch", help="Even with another chat template than it was tuned with.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty an output folder that isn't empty.")]
 
 
@@ -138,12 +141,13 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Held-out chats; the run's own by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
     answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Also generate, and compare exactly.")] = True,
+    allow_template_mismatch: AnyTemplate = False,
     json: Json = False,
 ) -> None:
     """Measure base and tuned model on held-out chats: loss, perplexity, exact match."""
     from phinetune.cli.evaluate import run_evaluate
 
-    run_evaluate(run, data, max_new_tokens, answers, json)
+    run_evaluate(run, data, max_new_tokens, answers, allow_template_mismatch, json)
 
 
 @app.command()
@@ -154,8 +158,9 @@ def chat(
     compare: Annotated[bool, typer.Option("--compare", help="Base and tuned model side by side.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    allow_template_mismatch: AnyTemplate = False,
 ) -> None:
     """Talk to a tuned model."""
     from phinetune.cli.chat import run_chat
 
-    run_chat(run, prompt, system, compare, max_new_tokens, temperature)
+    run_chat(run, prompt, system, compare, max_new_tokens, temperature, allow_template_mismatch)

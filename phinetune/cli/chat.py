@@ -10,7 +10,13 @@ from phinetune.recipe import ModelKwargs
 
 
 def run_chat(
-    run: str, prompt: str | None, system: str | None, compare: bool, max_new_tokens: int, temperature: float
+    run: str,
+    prompt: str | None,
+    system: str | None,
+    compare: bool,
+    max_new_tokens: int,
+    temperature: float,
+    allow_mismatch: bool,
 ) -> None:
     from phinetune import lora
     from phinetune.adapter import is_adapter, load_tuned
@@ -21,8 +27,9 @@ def run_chat(
 
     quiet_libraries()
     recipe = recipe_of(Path(run)) if is_adapter(run) else None
+    kwargs = recipe.model_kwargs if recipe else ModelKwargs()
     if is_adapter(run):
-        model, tokenizer = load_tuned(run, recipe.model_kwargs if recipe else ModelKwargs())
+        model, tokenizer = load_tuned(run, kwargs, allow_template_mismatch=allow_mismatch)
         lora.fuse(model)
     elif compare:
         raise AdapterError(run, "is no adapter, so there is nothing to compare with its base", "give a run's folder")

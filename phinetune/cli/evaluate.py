@@ -7,7 +7,9 @@ from phinetune.errors import DataError
 from phinetune.recipe import DataConfig, EvaluationConfig, ModelKwargs, Recipe, load_recipe
 
 
-def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool, as_json: bool) -> None:
+def run_evaluate(
+    run: Path, data: str | None, max_new_tokens: int, answers: bool, allow_mismatch: bool, as_json: bool
+) -> None:
     from phinetune.adapter import load_tuned, run_folders
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.data import Renderer, prepare
@@ -15,7 +17,9 @@ def run_evaluate(run: Path, data: str | None, max_new_tokens: int, answers: bool
 
     quiet_libraries()
     recipe = recipe_of(run)
-    model, tokenizer = load_tuned(run, recipe.model_kwargs if recipe else ModelKwargs())
+    model, tokenizer = load_tuned(
+        run, recipe.model_kwargs if recipe else ModelKwargs(), allow_template_mismatch=allow_mismatch
+    )
     config = recipe.training_config if recipe else None
     if data is not None:
         # Every row of the file is measured, the longest too, rendered as the run's own were.

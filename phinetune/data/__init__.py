@@ -2,6 +2,7 @@
 
 from phinetune.data.batches import FlatBatch, flatten, lay_out, supervised_tokens
 from phinetune.data.findings import Finding
+from phinetune.data.fingerprint import chat_fingerprint
 from phinetune.data.formats import Rejected, Row, to_row
 from phinetune.data.ledger import Ledger, write_ledgers
 from phinetune.data.plan import Plan, deal
@@ -26,6 +27,7 @@ __all__ = [
     "Renderer",
     "Row",
     "Rows",
+    "chat_fingerprint",
     "deal",
     "flatten",
     "lay_out",

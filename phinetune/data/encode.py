@@ -16,9 +16,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -39,7 +40,7 @@ TRIAL = (
 class Encoded:
     """`ids` of a text; `token_at(c)` is the number of tokens that begin before character c."""
 
-    ids: Sequence[int]
+    ids: Any  # (T,) integers
     token_at: Callable[[int], int]
 
 
@@ -199,10 +200,12 @@ class _Words:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.tokenizer = encoder, encoder.tokenizer
-        self.known: dict[str, tuple[int, ...]] = {}
-        self.known_first: dict[str, tuple[int, ...]] = {}  # of pieces at the beginning of a text
+        self.known: dict[str, bytes] = {}  # int32 ids
+        self.known_first: dict[str, bytes] = {}  # of words at the beginning of a text
+        self.cuts_headers = False
         tokens = encoder.added
         self.ids = {content: id for content, (id, _) in tokens.items()}
+        self.id_bytes = {content: np.int32(id).tobytes() for content, id in self.ids.items()}
         self.strips = {content for content, (_, token) in tokens.items() if token.rstrip}
         found = sorted(tokens, key=len, reverse=True)
         self.control = re.compile("(" + "|".join(map(re.escape, found)) + ")") if found else re.compile("((?!))")
@@ -231,8 +234,12 @@ class _Words:
             known = known and not any(part.get("add_prefix_space") for part in parts)
         white = "▁" if space == "▁" else "ĠĊĉčċČ"
         across = re.compile(f"[^{white}]{space}")
-        if not known or any(across.search(token) for token in model["vocab"] if token not in self.ids):
+        vocabulary = [token for token in model["vocab"] if token not in self.ids]
+        if not known or any(across.search(token) for token in vocabulary):
             return False
+        line = "\n" if space == "▁" else "Ċ"
+        over_lines = re.compile(f"[0-9A-Za-z]{line}|{line}[^{white}{line}]")
+        self.cuts_headers = not any(over_lines.search(token) for token in vocabulary)
         anchored = [self.anchor.join([text, text[::-1], ""]) for text in TRIAL]
         trials = [*TRIAL, *anchored, *(control + text for text in TRIAL for control in list(self.ids)[:8])]
         return all(self._same(text, got) for text, got in zip(trials, self.encode_batch(trials), strict=True))
@@ -240,20 +247,22 @@ class _Words:
     def _same(self, text: str, got: Encoded) -> bool:
         true = self.encoder.direct(text)
         places = range(0, len(text) + 1, 3)
-        return list(got.ids) == true.ids and all(got.token_at(char) == true.token_at(char) for char in places)
+        return list(got.ids) == list(true.ids) and all(got.token_at(char) == true.token_at(char) for char in places)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         if len(self.known) > REMEMBERED_WORDS:
             self.known.clear()
         split = [self._split(text) for text in texts]
-        unknown = {word for segments in split for _, _, words in segments for word in words} - self.known.keys()
-        new = self._encode(list(unknown), self.anchor)
-        self.known |= {word: ids for word, ids in new.items() if len(word) <= LONGEST_REMEMBERED}
-        lookup = _Lookup(self.known, new) if len(new) else self.known
-        return [self._join(text, segments, lookup) for text, segments in zip(texts, split, strict=True)]
+        found = {word for segments in split for segment in segments for word in segment.words}
+        unknown = found.difference(self.known)  # not `-`, which would walk through all that is known
+        self.known |= self._encode(list(unknown))
+        encoded = [self._join(segments) for segments in split]
+        for word in unknown:
+            if len(word) > LONGEST_REMEMBERED:
+                del self.known[word]
+        return encoded
 
-    def _split(self, text: str) -> list[tuple[int, str, list[str]]]:
-        """(where it begins, control token in front, words) of each part of a text."""
+    def _split(self, text: str) -> list["_Segment"]:
         segments = []
         at, control = 0, ""
         pieces = self.control.split(text)
@@ -262,73 +271,92 @@ class _Words:
                 control = pieces[index - 1]
                 at += len(control)
             piece = pieces[index]
-            begin = at
-            if control in self.strips:
-                stripped = piece.lstrip(SPACE)
-                begin += len(piece) - len(stripped)
-            else:
-                stripped = piece
-            segments.append((begin, control, _split_words(stripped) if stripped else []))
-            at += len(piece)
+            stripped = piece.lstrip(SPACE) if control in self.strips else piece
+            begin, at = at + len(piece) - len(stripped), at + len(piece)
+            segments.append(_Segment(control, begin, at, self._words_of(stripped) if stripped else []))
         return segments
 
-    def _encode(self, words: list[str], anchor: str) -> dict[str, tuple[int, ...]]:
-        skipped = 1 if anchor else 0
-        encodings = self.tokenizer.encode_batch_fast([anchor + word for word in words], add_special_tokens=False)
-        return {word: tuple(e.ids[skipped:]) for word, e in zip(words, encodings, strict=True)}
+    def _words_of(self, text: str) -> list[str]:
+        """A text cut where a space follows another character, and behind a first line that is a template's header."""
+        line = text.find("\n", 1, LONGEST_REMEMBERED) if self.cuts_headers else -1
+        if line > 0 and _header.match(text, line - 1):
+            return [*_split_words(text[: line + 1]), *_split_words(text[line + 1 :])]
+        return _split_words(text)
 
-    def _join(self, text: str, segments: list[tuple[int, str, list[str]]], known: Any) -> Encoded:
-        ids: list[int] = []
-        tokens: list[int] = []  # tokens before each segment's words
-        for begin, control, words in segments:
-            if control:
-                ids.append(self.ids[control])
-            tokens.append(len(ids))
-            if words and begin == 0 and not control:
-                ids += self._first(words[0])
-                ids += chain.from_iterable(map(known.__getitem__, words[1:]))
-            else:
-                ids += chain.from_iterable(map(known.__getitem__, words))
+    def _encode(self, words: list[str]) -> dict[str, bytes]:
+        """Ids of words in the middle of a text: all in one go, an anchor before each."""
+        if not words:
+            return {}
+        joined = self.anchor + self.anchor.join(words)
+        (encoding,) = self.tokenizer.encode_batch_fast([joined], add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int32)
+        anchors = np.append((ids == self.ids[self.anchor]).nonzero()[0], len(ids)).tolist()
+        return {
+            word: ids[begin + 1 : end].tobytes()
+            for word, begin, end in zip(words, anchors[:-1], anchors[1:], strict=True)
+        }
+
+    def _join(self, segments: list["_Segment"]) -> Encoded:
+        pieces: list[bytes] = []
+        tokens = [0]  # before each segment's words, and behind them
+        for segment in segments:
+            own = [self.known[word] for word in segment.words]
+            if own and segment.is_first:
+                own[0] = self._first(segment.words[0])
+            joined = b"".join(own)
+            head = self.id_bytes[segment.control] if segment.control else b""
+            pieces += (head, joined)
+            tokens += (tokens[-1] + len(head) // 4, tokens[-1] + (len(head) + len(joined)) // 4)
+        begins = [segment.begin for segment in segments]
 
         def token_at(char: int) -> int:
-            at = bisect.bisect_left([begin for begin, _, _ in segments], char) - 1
+            at = bisect.bisect_left(begins, char) - 1
             if at < 0:
                 return 0
-            # A control token's own characters, and white space that it takes along, lie before its segment.
-            begin, control, words = segments[at]
-            token = tokens[at]
-            for number, word in enumerate(words):
-                is_first = number == 0 and begin == 0 and not control
-                if char >= begin + len(word):
-                    token += len(self._first(word) if is_first else known[word])
-                    begin += len(word)
-                    continue
-                anchor = "" if is_first else self.anchor
-                inside = self.encoder.direct(anchor + word)
-                return token + inside.token_at(len(anchor) + char - begin) - (1 if anchor else 0)
-            if at + 1 < len(segments) and char > begin:  # inside or behind the next control token
-                return token + 1
+            segment = segments[at]
+            if char >= segment.end:  # at the next control token, or inside it, or in white space that it takes along
+                return tokens[2 * at + 2] + (1 if at + 1 < len(segments) and char > segment.end else 0)
+            token, begin = tokens[2 * at + 1], segment.begin
+            for number, word in enumerate(segment.words):
+                if char <= begin:
+                    break
+                is_first = number == 0 and segment.is_first
+                if char < begin + len(word):
+                    anchor = "" if is_first else self.anchor
+                    inside = self.encoder.direct(anchor + word)
+                    return token + inside.token_at(len(anchor) + char - begin) - (1 if anchor else 0)
+                token += len(self._first(word) if is_first else self._ids(word)) // 4
+                begin += len(word)
             return token
 
-        return Encoded(ids, token_at)
+        return Encoded(np.frombuffer(b"".join(pieces), np.int32), token_at)
 
-    def _first(self, word: str) -> tuple[int, ...]:
+    def _first(self, word: str) -> bytes:
+        """Ids of a word at the very beginning of a text."""
         if word not in self.known_first:
             if len(self.known_first) > 1000:
                 self.known_first.clear()
-            self.known_first |= self._encode([word], "")
+            ids = self.tokenizer.encode(word, add_special_tokens=False).ids
+            self.known_first[word] = np.array(ids, np.int32).tobytes()
         return self.known_first[word]
 
+    def _ids(self, word: str) -> bytes:
+        """Ids of a word that may have been forgotten since."""
+        return self.known[word] if word in self.known else self._encode([word])[word]
 
-class _Lookup(dict[str, tuple[int, ...]]):
-    """Words known for long, and those of this batch that are too long to be kept."""
 
-    def __init__(self, known: dict[str, tuple[int, ...]], new: dict[str, tuple[int, ...]]) -> None:
-        super().__init__(new)
-        self.known = known
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """The words between two control tokens: the one in front, the characters they stand at."""
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        return self.known[word]
+    control: str
+    begin: int
+    end: int
+    words: list[str]
+
+    @property
+    def is_first(self) -> bool:
+        return self.begin == 0 and not self.control
 
 
 def _byte_of(letter: str) -> int:
@@ -339,16 +367,25 @@ def _byte_of(letter: str) -> int:
 
 
 _odd = re.compile(r"\s ")
-_boundary = re.compile(r"(?<=\S)(?= )")
+_header = re.compile(r"[0-9A-Za-z]\n(?=\S)")
 
 
 def _split_words(text: str) -> list[str]:
     """A text cut before every space that follows a character which is no white space."""
-    if _odd.search(text):
-        return _boundary.split(text)
     first, *rest = text.split(" ")
-    words = [" " + word for word in rest]
-    return [first, *words] if first else words
+    if not _odd.search(text):
+        words = [" " + piece for piece in rest]
+        return [first, *words] if first else words
+    words = [first]
+    last = first
+    for piece in rest:
+        if last and not last[-1].isspace():
+            last = " " + piece
+            words.append(last)
+        else:
+            last = f"{last} {piece}"
+            words[-1] = last
+    return words
 
 
 def _flat(part: Any, key: str) -> list[dict[str, Any]]:

@@ -102,6 +102,7 @@ class Renderer:
         spoken = {token for token in marks if not added[token][1].special and token in sources}
         self.controls = {token for token in marks if added[token][1].special}
         self._control = control_pattern(self.controls)
+        self._mark_begins = sorted({mark[0] for mark in marks})
         self._marks, self._marks_unspoken = control_pattern(marks), control_pattern(marks - spoken)
 
     @classmethod
@@ -406,7 +407,8 @@ class Renderer:
         for message in messages:
             pattern = self._marks_unspoken if message["role"] == "assistant" else self._marks
             for text in _strings(message):
-                found.update(pattern.findall(text))
+                if any(begin in text for begin in self._mark_begins):
+                    found.update(pattern.findall(text))
         for text in _strings(tools):
             found.update(self._marks.findall(text))
         if not found:
@@ -546,7 +548,7 @@ class Renderer:
 
 
 def _example(row: Row, rendering: Rendering, encoded: Encoded) -> Example:
-    ids = np.array(encoded.ids, np.int32)
+    ids = np.asarray(encoded.ids, np.int32)
     mask = np.zeros(len(ids), bool)
     for begin, end in rendering.learnt:
         mask[encoded.token_at(begin) : encoded.token_at(end)] = True

@@ -33,7 +33,7 @@ class ChatTemplate:
     @classmethod
     def of(cls, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, today: str | None = None) -> "ChatTemplate":
         """The template of a tokenizer; `today` is a date such as 2026-01-31, the day it is by default."""
-        plain, with_tools = (_with_fixed_date(source, today) for source in _sources(tokenizer))
+        plain, with_tools = (_with_fixed_date(source, today) for source in template_sources(tokenizer))
         return cls(plain, with_tools, {**tokenizer.special_tokens_map, **(kwargs or {})})
 
     def render(
@@ -66,10 +66,10 @@ class ChatTemplate:
 
 def writes_date(tokenizer: Any) -> bool:
     """Whether the template asks what day it is."""
-    return any("strftime_now" in source for source in _sources(tokenizer))
+    return any("strftime_now" in source for source in template_sources(tokenizer))
 
 
-def _sources(tokenizer: Any) -> tuple[str, str]:
+def template_sources(tokenizer: Any) -> tuple[str, str]:
     """The template for conversations without tools, and for those with."""
     return tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])
 

@@ -42,10 +42,11 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Base:
-    """What the adapter belongs to, as its adapter_config.json says it."""
+    """What the adapter belongs to: the base model, the chat template and tokenizer it is tuned with."""
 
     model: str
     revision: str | None
+    chat_format: Mapping[str, str] | None = None
 
 
 def save_checkpoint(
@@ -63,7 +64,7 @@ def save_checkpoint(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        save_adapter(model, work, base.model, base.revision)
+        save_adapter(model, work, base.model, base.revision, chat_format=base.chat_format)
         save_file(_parameters(model), work / PARAMETERS)
         save_file(_moments(model, optimizer), work / OPTIMIZER)
         (work / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")

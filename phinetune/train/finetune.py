@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from phinetune.adapter import save_adapter
-from phinetune.data import Plan, Prepared, Renderer, prepare, write_ledgers, writes_date
+from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, write_ledgers, writes_date
 from phinetune.errors import CheckpointError, RecipeError
 from phinetune.evaluate import Comparison, compare
 from phinetune.lora import lora_layers
@@ -57,9 +57,9 @@ FREE_TO_CHANGE = {
 
 # Everything a run writes into its folder.
 WRITTEN = [
-    "adapter_config.json", "adapter_model.safetensors", "answers.jsonl", "chat_template.jinja", "checkpoint-*",
-    "ledger.json", "metrics.jsonl", "recipe.yaml", "rejected.jsonl", "special_tokens_map.json", "summary.json",
-    "tensorboard", "tokenizer*", "train.log", ".tmp-checkpoint-*",
+    "adapter_config.json", "adapter_model.safetensors", "answers.jsonl", "chat_format.json", "chat_template.jinja",
+    "checkpoint-*", "ledger.json", "metrics.jsonl", "recipe.yaml", "rejected.jsonl",
+    "special_tokens_map.json", "summary.json", "tensorboard", "tokenizer*", "train.log", ".tmp-checkpoint-*",
 ]  # fmt: skip
 
 
@@ -117,7 +117,8 @@ def train(
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
 
-        base = Base(recipe.model, revision_of(recipe.model, recipe.model_kwargs))
+        revision = revision_of(recipe.model, recipe.model_kwargs)
+        base = Base(recipe.model, revision, chat_fingerprint(tokenizer))
         loop = Loop(
             recipe=recipe,
             model=model,
@@ -138,7 +139,7 @@ def train(
             _announce(loop, data)
             loop.run()
 
-            save_adapter(model, folder, base.model, base.revision)
+            save_adapter(model, folder, base.model, base.revision, chat_format=base.chat_format)
             comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
             if comparison is not None:
                 loop.write_last_evaluation(comparison.tuned)
