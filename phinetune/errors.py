@@ -4,6 +4,8 @@
 wrong at run time (exit code 1).  Each carries one message of the form `WHERE: WHAT; HOW TO MEND`.
 """
 
+from typing import Any
+
 
 class PhinetuneError(Exception):
     """Base of all errors raised on purpose. `exit_code` is what the command line returns."""
@@ -13,6 +15,10 @@ class PhinetuneError(Exception):
     def __init__(self, where: str, what: str, mend: str = "") -> None:
         self.where, self.what, self.mend = where, what, mend
         super().__init__(f"{where}: {what}" + (f"; {mend}" if mend else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between processes as they are, whatever their kind is made from."""
+        return _again, (type(self), str(self), self.__dict__)
 
 
 class InputError(PhinetuneError, ValueError):
@@ -51,3 +57,9 @@ class Stopped(PhinetuneError):
     def __init__(self, where: str, what: str, mend: str, signal_number: int) -> None:
         super().__init__(where, what, mend)
         self.exit_code = 128 + signal_number
+
+
+def _again(kind: type[PhinetuneError], message: str, attributes: dict[str, Any]) -> PhinetuneError:
+    error = kind.__new__(kind, message)
+    error.__dict__.update(attributes)
+    return error

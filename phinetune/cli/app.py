@@ -96,11 +96,16 @@ ForModel = Annotated[str | None, typer.Option("--model", help="Whose tokenizer a
 
 
 @data_app.command("check")
-def data_check(what: What, model: ForModel = None, json: Json = False) -> None:
+def data_check(
+    what: What,
+    model: ForModel = None,
+    every_row: Annotated[bool, typer.Option("--every-row", help="Tokenise every row of large data, too.")] = False,
+    json: Json = False,
+) -> None:
     """Read every row: what can be used and what not, tokens, lengths, findings."""
     from phinetune.cli.data import run_check
 
-    run_check(what, model, json)
+    run_check(what, model, every_row, json)
 
 
 @data_app.command("preview")

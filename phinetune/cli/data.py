@@ -13,13 +13,13 @@ from phinetune.recipe import Recipe, load_recipe, make_recipe
 WIDTH = 40  # of a histogram's longest bar
 
 
-def run_check(what: Sequence[str], model: str | None, as_json: bool) -> None:
+def run_check(what: Sequence[str], model: str | None, every_row: bool, as_json: bool) -> None:
     recipe, tokenizer = _asked(what, model)
 
     from phinetune.data.check import check_data
 
     with _rows_counted(shown=not as_json) as advance:
-        checked = check_data(recipe.data, tokenizer, advance)
+        checked = check_data(recipe.data, tokenizer, every_row, advance)
     if as_json:
         print(json.dumps({"model": recipe.model, **{name: source.summary() for name, source in checked.items()}}))
     else:
@@ -27,8 +27,8 @@ def run_check(what: Sequence[str], model: str | None, as_json: bool) -> None:
             _print(name, source, recipe)
     for source in checked.values():
         ledger = source.ledger
-        if not ledger.used or ledger.rejected > recipe.data.max_rejected * ledger.rows:
-            what_is = f"{ledger.rejected:,} of {ledger.rows:,} rows can't be used: a run would refuse this data"
+        if not ledger.used or source.share_lost > recipe.data.max_rejected:
+            what_is = f"{source.share_lost:.1%} of {ledger.rows:,} rows can't be used: a run would refuse this data"
             raise DataError(ledger.source, what_is, "correct these rows, or raise data.max_rejected")
 
 
@@ -99,8 +99,10 @@ def _print(name: str, source: Any, recipe: Recipe) -> None:
     print(f"  rows        {ledger.rows:>12,}   {formats}")
     print(f"  can be used {ledger.used:>12,}   {ledger.used / ledger.rows:.1%}")
     print(f"  rejected    {ledger.rejected:>12,}")
-    if ledger.examples != ledger.used:
+    if ledger.examples != source.drawn - source.lost:
         print(f"  examples    {ledger.examples:>12,}")
+    if source.one_in > 1:
+        print(f"  below, of {source.drawn:,} rows drawn from all (--every-row tokenises every one):")
     print(f"  tokens      {ledger.tokens:>12,}   by {recipe.model}'s tokenizer and chat template")
     for part, count in ledger.parts.items():
         if count:

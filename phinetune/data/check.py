@@ -4,7 +4,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,13 @@ from phinetune.data.prepare import task_of
 from phinetune.data.render import PARTS
 from phinetune.data.sources import describe, open_sources
 from phinetune.data.store import Piece
-from phinetune.data.tokenise import processes, tokenise
+from phinetune.data.tokenise import tokenise
 from phinetune.errors import DataError
 from phinetune.recipe import DataConfig
 
 PLACES = 3  # shown of each finding and each reason
 BINS = 12
+TOKENISED_BYTES = 100 * 10**6
 
 
 @dataclass
@@ -33,7 +34,15 @@ class Checked:
     hashes: Any = None
     bytes: int = 0
     seconds: float = 0.0
-    processes: int = 1
+    one_in: int = 1  # rows that were tokenised; what tokens show is known of them alone
+    drawn: int = 0
+    lost: int = 0
+
+    @property
+    def share_lost(self) -> float:
+        """The share of the rows that a run can't use, as far as is known."""
+        before = (self.ledger.rejected - self.lost) / self.ledger.rows
+        return before + (1 - before) * (self.lost / self.drawn if self.drawn else 0)
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """(from, to, examples) of lengths in tokens; widths are the same but for the last."""
@@ -55,6 +64,8 @@ class Checked:
             "reasons": {reason: {"rows": count, "first": places} for reason, (count, places) in self.reasons.items()},
             "length": dict(zip(("p50", "p90", "p99"), map(int, quantiles), strict=True)),
             "histogram": [{"from": a, "to": b, "examples": count} for a, b, count in self.histogram()],
+            "tokenised": self.drawn,
+            "share_lost": self.share_lost,
             "bytes": self.bytes,
             "seconds": round(self.seconds, 2),
             "mb_per_second": round(self.bytes / 1e6 / max(self.seconds, 1e-9), 1),
@@ -62,16 +73,22 @@ class Checked:
 
 
 def check_data(
-    config: DataConfig, tokenizer: Any, on_progress: Callable[[int], None] = lambda done: None
+    config: DataConfig,
+    tokenizer: Any,
+    every_row: bool = False,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Checked]:
     """{"train": …} and, where rows are held out by name, {"eval": …}.
+
+    Every row is read and checked.  Of data above `TOKENISED_BYTES`, tokens are counted of a share of the rows, drawn
+    by their content, unless `every_row`.
 
     Raises:
         DataError: if files can't be read, or hold no rows.
     """
-    checked = {"train": _check_source(config.train, config, tokenizer, on_progress)}
+    checked = {"train": _check_source(config.train, config, tokenizer, every_row, on_progress)}
     if not isinstance(config.eval, float | int | None):
-        checked["eval"] = _check_source(config.eval, config, tokenizer, on_progress)
+        checked["eval"] = _check_source(config.eval, config, tokenizer, every_row, on_progress)
         train, held = checked["train"], checked["eval"]
         leaks = int(np.isin(train.hashes, held.hashes).sum())
         if leaks:
@@ -79,7 +96,9 @@ def check_data(
     return checked
 
 
-def _check_source(source: Any, config: DataConfig, tokenizer: Any, on_progress: Callable[[int], None]) -> Checked:
+def _check_source(
+    source: Any, config: DataConfig, tokenizer: Any, every_row: bool, on_progress: Callable[[int], None]
+) -> Checked:
     lengths, hashes = [np.zeros(0, np.int32)], [np.zeros(0, np.uint64)]
     reasons: Counter[str] = Counter()
     places: dict[str, list[str]] = {}
@@ -98,6 +117,8 @@ def _check_source(source: Any, config: DataConfig, tokenizer: Any, on_progress: 
             hashes.append(piece.hash)
             parts.__iadd__(piece.parts.sum(0, dtype=np.int64))
             formats.update(piece.formats)
+            checked.drawn += piece.drawn
+            checked.lost += piece.lost
             ledger.used += len(piece.number)
             ledger.supervised += int(piece.supervised.sum())
             for number, reason, _ in piece.rejected:
@@ -111,8 +132,8 @@ def _check_source(source: Any, config: DataConfig, tokenizer: Any, on_progress: 
                 for row in which[: PLACES - len(found_at.setdefault(finding, []))]:
                     found_at[finding].append(file.place(int(piece.number[row])))
 
-        task = task_of(files, tokenizer, config, keep_tokens=False)
-        checked.processes = processes(task)
+        checked.one_in = 1 if every_row else -(-checked.bytes // TOKENISED_BYTES)
+        task = replace(task_of(files, tokenizer, config), keep_tokens=False, one_in=checked.one_in)
         begin = time.perf_counter()
         tokenise(task, take, on_progress)
         checked.seconds = time.perf_counter() - begin

@@ -85,7 +85,7 @@ def prepare(
     )
 
 
-def task_of(files: list[DataFile], tokenizer: Any, config: DataConfig, keep_tokens: bool = True) -> Task:
+def task_of(files: list[DataFile], tokenizer: Any, config: DataConfig) -> Task:
     """What the workers must know to tokenise some files."""
     files = [
         replace(
@@ -96,7 +96,7 @@ def task_of(files: list[DataFile], tokenizer: Any, config: DataConfig, keep_toke
         for file in files
     ]
     template = ChatTemplate.of(tokenizer, config.chat_template_kwargs, config.today)
-    return Task(files, template, tokenizer_json(tokenizer), tokenizer.eos_token or "", config, keep_tokens)
+    return Task(files, template, tokenizer_json(tokenizer), tokenizer.eos_token or "", config)
 
 
 def _read(

@@ -42,6 +42,8 @@ class Piece:
     rows: list[bytes]
     rejected: list[tuple[int, str, Any]]
     formats: Counter[str] = field(default_factory=Counter)
+    drawn: int = 0  # rows that were tokenised,
+    lost: int = 0  # and how many of them can't be used for what that showed
 
 
 EXAMPLE_ARRAYS = ("lengths", "supervised", "parts")
@@ -49,7 +51,7 @@ ROW_ARRAYS = ("number", "hash", "findings", "examples")
 
 
 class StoreWriter:
-    """Appends pieces to a folder."""
+    """Appends pieces to a folder, in a `with` block; what isn't finished is no store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,10 +80,16 @@ class StoreWriter:
         self.rejected += len(piece.rejected)
         self.formats += piece.formats
 
-    def close(self, names: Sequence[str]) -> None:
-        """Writes the rest, the manifest last; `names` are those of the files the rows come from."""
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         for file in (self.ids, self.mask, self.rows, self.rejections):
             file.close()
+
+    def finish(self, names: Sequence[str]) -> None:
+        """Writes the rest, the manifest last; `names` are those of the files the rows come from."""
+        self.__exit__()
         empty = {"parts": np.zeros((0, len(PARTS)), np.int32), "hash": np.zeros(0, np.uint64)}
         joined: dict[str, Any] = {
             name: np.concatenate(held) if held else empty.get(name, np.zeros(0, np.int64))
@@ -100,7 +108,7 @@ class StoreWriter:
 
 
 class Store:
-    """A folder that a StoreWriter has closed."""
+    """A folder that a StoreWriter has finished."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

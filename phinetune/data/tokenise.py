@@ -99,7 +99,9 @@ def _workers(task: Task) -> Iterator[Callable[[Chunk], "Future[Piece]"]]:
     try:
         yield lambda chunk: threads.submit(in_process, chunk)
     finally:
-        threads.shutdown(wait=False, cancel_futures=True)
+        for process in workers:
+            process.stop()
+        threads.shutdown(cancel_futures=True)
         for process in workers:
             process.close()
 
@@ -122,9 +124,9 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
     except OSError as error:
         raise DataError(str(root), f"can't be written ({error.strerror})", "set PHINETUNE_CACHE") from None
     try:
-        writer = StoreWriter(work)
-        tokenise(task, writer.append, on_progress)
-        writer.close([file.name for file in task.files])
+        with StoreWriter(work) as writer:
+            tokenise(task, writer.append, on_progress)
+            writer.finish([file.name for file in task.files])
         try:
             work.rename(folder)
         except OSError:  # another process was faster

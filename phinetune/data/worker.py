@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from phinetune.data.encode import Encoder
 from phinetune.data.findings import NOTHING, Finding
 from phinetune.data.formats import Rejected, Row, order_fault
 from phinetune.data.readers import Chunk, rows
-from phinetune.data.render import PARTS, Rendered, Renderer
+from phinetune.data.render import PARTS, Example, Renderer
 from phinetune.data.sources import DataFile
 from phinetune.data.store import Piece, row_to_json
 from phinetune.data.template import ChatTemplate
@@ -42,10 +42,23 @@ class Task:
     tokenizer: str
     eos: str
     config: DataConfig
-    keep_tokens: bool = True  # a check needs only their numbers
+    keep_tokens: bool = True  # a check needs only their numbers,
+    one_in: int = 1  # and of large data only of one row in so many
 
     def renderer(self) -> Renderer:
         return Renderer(self.template, Encoder.shared(self.tokenizer), self.config, self.eos)
+
+
+@dataclass
+class _Made:
+    """A row that can be used, and what became of it."""
+
+    number: int
+    row: Row
+    line: bytes
+    hash: int
+    findings: Finding
+    examples: list[Example] = field(default_factory=list)
 
 
 class Worker:
@@ -60,47 +73,46 @@ class Worker:
             DataError: for a row that a policy wants to be an error.
         """
         rejected: list[tuple[int, str, Any]] = []
-        made: list[tuple[int, Row, Rendered, Finding]] = []
-        waiting: list[tuple[int, Row, Finding]] = []
-
-        def render() -> None:
-            outcomes = self.renderer.render_batch([row for _, row, _ in waiting])
-            for (number, row, findings), outcome in zip(waiting, outcomes, strict=True):
-                if isinstance(outcome, Rejected):
-                    rejected.append((number, outcome.reason, outcome.raw))
-                else:
-                    made.append((number, row, outcome, findings | outcome.findings))
-            waiting.clear()
-
+        made: list[_Made] = []
         for number, row in rows(chunk, self.task.files[chunk.file]):
             checked = row if isinstance(row, Rejected) else check(row, self.task.config)
             if isinstance(checked, Rejected):
                 rejected.append((number, checked.reason, checked.raw))
                 continue
-            waiting.append((number, *checked))
-            if len(waiting) == ROWS_AT_ONCE:
-                render()
-        render()
-        return self._piece(chunk.file, made, sorted(rejected, key=lambda r: r[0]))
+            line = row_to_json(checked[0])
+            made.append(_Made(number, checked[0], line, digest(line), checked[1]))
+        drawn = [m for m in made if m.hash % self.task.one_in == 0]
+        lost = set()
+        for start in range(0, len(drawn), ROWS_AT_ONCE):
+            batch = drawn[start : start + ROWS_AT_ONCE]
+            for m, outcome in zip(batch, self.renderer.render_batch([m.row for m in batch]), strict=True):
+                if isinstance(outcome, Rejected):
+                    rejected.append((m.number, outcome.reason, outcome.raw))
+                    lost.add(m.number)
+                else:
+                    m.examples, m.findings = outcome.examples, m.findings | outcome.findings
+        kept = [m for m in made if m.number not in lost]
+        return self._piece(chunk.file, kept, sorted(rejected, key=lambda r: r[0]), len(drawn), len(lost))
 
-    def _piece(self, file: int, made: list[tuple[int, Row, Rendered, Finding]], rejected: list[Any]) -> Piece:
-        examples = [example for _, _, rendered, _ in made for example in rendered.examples]
-        lines = [row_to_json(row) for _, row, _, _ in made]
+    def _piece(self, file: int, made: list[_Made], rejected: list[Any], drawn: int, lost: int) -> Piece:
+        examples = [example for m in made for example in m.examples]
         kept = examples if self.task.keep_tokens else []
         return Piece(
             file,
-            number=np.array([number for number, *_ in made], np.int64),
-            hash=np.array([digest(line) for line in lines], np.uint64),
-            findings=np.array([findings for *_, findings in made], np.uint32),
-            examples=np.array([len(rendered.examples) for _, _, rendered, _ in made], np.int32),
+            number=np.array([m.number for m in made], np.int64),
+            hash=np.array([m.hash for m in made], np.uint64),
+            findings=np.array([m.findings for m in made], np.uint32),
+            examples=np.array([len(m.examples) for m in made], np.int32),
             lengths=np.array([len(example.ids) for example in examples], np.int32),
             supervised=np.array([example.supervised for example in examples], np.int32),
             parts=np.array([example.parts for example in examples], np.int32).reshape(-1, len(PARTS)),
             ids=np.concatenate([np.zeros(0, np.int32), *(example.ids for example in kept)]),
             mask=np.concatenate([np.zeros(0, bool), *(example.mask for example in kept)]),
-            rows=lines if self.task.keep_tokens else [],
+            rows=[m.line for m in made] if self.task.keep_tokens else [],
             rejected=rejected,
-            formats=Counter(row.format for _, row, _, _ in made),
+            formats=Counter(m.row.format for m in made),
+            drawn=drawn,
+            lost=lost,
         )
 
 
@@ -166,15 +178,19 @@ class WorkerProcess:
         assert isinstance(answer, Piece)
         return answer
 
-    def close(self) -> None:
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    pass
-        self.process.terminate()
+    def stop(self) -> None:
+        """Ends the process, whatever it is doing: who waits for it is told so."""
+        self.process.kill()
         self.process.wait()
+
+    def close(self) -> None:
+        """Behind `stop`, once nobody reads or writes any more."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            try:
+                if pipe:
+                    pipe.close()
+            except BrokenPipeError:
+                pass
 
     def _send(self, thing: Any) -> None:
         assert self.process.stdin

@@ -85,7 +85,11 @@ def test_a_held_out_share_takes_its_doubles_out_of_training(tmp_path, smollm2_to
         ("role_order", chat("a", "b")[:1] + chat("a", "b"), "message 2 is the user's behind the user's"),
         ("role_order", chat("a", "b")[1:] + chat("a", "b"), "message 1 is the assistant's behind nothing"),
         ("role_order", [*chat("a", "b"), {"role": "tool", "content": "x"}, *chat("a", "b")], "message 3 is the tool's"),
-        ("role_order", [*chat("a", "b"), {"role": "system", "content": "x"}, *chat("a", "b")], "the system's behind"),
+        (
+            "role_order",
+            [*chat("a", "b"), {"role": "system", "content": "x"}, *chat("a", "b")],
+            "message 3 is the system's behind",
+        ),
         ("empty_turns", chat("", "b"), r"message 1 \(user\) is empty"),
         ("empty_turns", chat("a", " \n", "c", "d"), r"message 2 \(assistant\) is empty"),
     ],
@@ -98,7 +102,7 @@ def test_odd_turns(name, messages, reason, tmp_path, smollm2_tokenizer):
     assert __import__("re").match(reason, left_out.reason), left_out.reason
     kept = prepared(source, smollm2_tokenizer, **{name: "keep"})
     assert len(kept.train) == 2
-    assert sum(kept.ledgers["train"].findings[getattr(Finding, name.upper().removesuffix("S"))][0] for _ in [0]) == 1
+    assert kept.ledgers["train"].findings[Finding[name.upper().removesuffix("S")]][0] == 1
     with pytest.raises(DataError, match=rf"x\.jsonl:2: {reason}.*set data\.{name}"):
         prepared(source, smollm2_tokenizer, **{name: "raise"})
     for data in (dropped, kept):
@@ -117,8 +121,10 @@ def test_too_long(smollm2_tokenizer):
     def render(strategy, limit):
         return Renderer.of(smollm2_tokenizer, max_length=limit, excess_length_strategy=strategy).render(row)
 
-    assert render("drop", 100).reason == "has 253 tokens, above data.max_length=100"
-    with pytest.raises(DataError, match=r"chats\.jsonl:9: has 253 tokens, above .*excess_length_strategy"):
+    size = len(smollm2_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    last = len(smollm2_tokenizer.apply_chat_template([messages[0], *messages[-2:]], tokenize=True, return_dict=False))
+    assert render("drop", 100).reason == f"has {size} tokens, above data.max_length=100"
+    with pytest.raises(DataError, match=rf"chats\.jsonl:9: has {size} tokens, above .*excess_length_strategy"):
         render("raise", 100)
     cut = render("truncate", 100)
     assert decoded(smollm2_tokenizer, cut) == ["first answer<|im_end|>second answer<|im_end|>"]
@@ -130,7 +136,7 @@ def test_too_long(smollm2_tokenizer):
     )
     assert decoded(smollm2_tokenizer, inside) == ["word word"]
     assert inside.findings == Finding.WITHOUT_END, "the end of turn is gone, and it is said"
-    assert render("split", 100).reason == "has an exchange of 220 tokens: it can't be split further"
+    assert render("split", 100).reason == f"has an exchange of {last} tokens: it can't be split further"
     split = render("split", 230)
     assert decoded(smollm2_tokenizer, split) == [
         "first answer<|im_end|>second answer<|im_end|>",
@@ -216,13 +222,14 @@ def test_a_date_in_the_template_is_one_day_for_the_whole_run(smollm2_tokenizer):
 
 def test_every_row_left_out_is_written_down(tmp_path, smollm2_tokenizer):
     good, long = chat("a", "b"), chat("a", "word " * 300)
+    size = len(smollm2_tokenizer.apply_chat_template(long, tokenize=True, return_dict=False))
     path = tmp_path / "x.jsonl"
     write(path, good, long, good, [{"role": "user", "content": "a"}])
     data = prepared(str(path), smollm2_tokenizer, duplicates="drop", max_length=100)
     write_ledgers(tmp_path, data.ledgers, data.rejected(), data.fingerprint)
     lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert [(line["where"].rpartition(":")[2], line["reason"]) for line in lines] == [
-        ("2", "has 333 tokens, above data.max_length=100"),
+        ("2", f"has {size} tokens, above data.max_length=100"),
         ("4", "has no assistant message, so there is nothing to learn"),
         ("3", "stands in the data before"),
     ]
