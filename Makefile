@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test test-slow bench-lora check format build clean
+.PHONY: install demo test test-slow bench-lora bench-data check format build clean
 
 install: .venv/installed
 
@@ -32,6 +32,16 @@ bench-lora: install
 	$(BIN)/python benchmarks/lora_linear.py --dtype float32
 	$(BIN)/python benchmarks/lora_linear.py --dtype bfloat16 --rounds 1
 
+bench-data: install .venv-trl/installed
+	$(BIN)/python benchmarks/data.py
+
+# Peers live in environments of their own.
+.venv-trl/installed: .venv/installed
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) \
+		torch transformers datasets trl==1.16.0
+	touch $@
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +56,4 @@ build: install
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv .venv-trl build dist runs

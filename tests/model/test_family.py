@@ -26,9 +26,8 @@ def losses_row_by_row(model, examples):
     for example in examples:
         ids = torch.tensor([example.ids])
         log_p = model(ids, use_cache=False).logits[0].log_softmax(-1)
-        for i, (token, on) in enumerate(zip(example.ids, example.mask, strict=True)):
-            if on and i > 0:
-                total = total - log_p[i - 1, token]
+        learnt = torch.tensor([i for i, on in enumerate(example.mask) if on and i > 0])
+        total = total - log_p[learnt - 1, ids[0, learnt]].sum()
     return total
 
 
@@ -105,3 +104,49 @@ def test_full_size_shapes_of_the_family():
     medium = tiny_config("phi3", hidden_size=5120, num_attention_heads=40, num_key_value_heads=10, head_dim=None)
     assert fused_parts(medium)["qkv_proj"] == {"q_proj": 5120, "k_proj": 1280, "v_proj": 1280}
     assert fused_parts(tiny_config("llama")) == {}
+
+
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + 0.5 * i for i in range(8)],
+    "original_max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("max_tokens", [5000, 16_000])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sliding_window": 2047, "max_position_embeddings": 8192},
+        {
+            "rope_parameters": LONG_ROPE,
+            "original_max_position_embeddings": 4096,
+            "max_position_embeddings": 131_072,
+            "sliding_window": None,
+        },
+    ],
+    ids=["sliding window 2047", "longrope at 4096"],
+)
+def test_packs_of_long_rows_around_phi3s_boundaries(settings, max_tokens):
+    """1,900 and 2,100 tokens lie around the window, 4,000 and 4,200 around LongRoPE's boundary."""
+    model = tiny_model("phi3", vocab_size=512, num_hidden_layers=2, **settings)
+    lora.adapt(model, "all-linear", r=2)
+    draw_lora_B(model, std=0.1)
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("sdpa")
+    examples = random_examples([1900, 2100, 4000, 4200])
+    reference = losses_row_by_row(plain, examples)
+    reference.backward()
+    total, sizes = 0.0, []
+    for batch in flat_batches(model, examples, max_tokens):
+        loss = loss_sum(model, batch)
+        loss.backward()
+        total += loss.item()
+        sizes.append(len(batch.bounds) - 1)
+    assert max(sizes) >= 2, "several rows lie in one line"
+    assert total == pytest.approx(reference.item(), rel=1e-5)
+    for (name, ours), (_, theirs) in zip(lora.lora_layers(model), lora.lora_layers(plain), strict=True):
+        assert relative_error(ours.lora_A.grad, theirs.lora_A.grad) < 1e-5, name
+        assert relative_error(ours.lora_B.grad, theirs.lora_B.grad) < 1e-5, name
