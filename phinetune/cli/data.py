@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ def run_check(what: Sequence[str], model: str | None, every_row: bool, as_json: 
             _print(name, source, recipe)
     for source in checked.values():
         ledger = source.ledger
+        if source.refused:
+            mend = "remove them, or set data.duplicates or data.held_out_in_train"
+            raise DataError(ledger.source, " and ".join(source.refused), mend)
         if not ledger.used or source.share_lost > recipe.data.max_rejected:
             what_is = f"{source.share_lost:.1%} of {ledger.rows:,} rows can't be used: a run would refuse this data"
             raise DataError(ledger.source, what_is, "correct these rows, or raise data.max_rejected")
@@ -78,7 +82,7 @@ def _asked(what: Sequence[str], model: str | None) -> tuple[Recipe, Any]:
 
     quiet_libraries()
     for word in words:
-        print(word)
+        print(word, file=sys.stderr)
     return recipe, load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
 
 
@@ -99,6 +103,8 @@ def _print(name: str, source: Any, recipe: Recipe) -> None:
     print(f"  rows        {ledger.rows:>12,}   {formats}")
     print(f"  can be used {ledger.used:>12,}   {ledger.used / ledger.rows:.1%}")
     print(f"  rejected    {ledger.rejected:>12,}")
+    for words, count in ledger.dropped.items():
+        print(f"  left out    {count:>12,}   rows that {words}")
     if ledger.examples != source.drawn - source.lost:
         print(f"  examples    {ledger.examples:>12,}")
     if source.one_in > 1:

@@ -24,10 +24,10 @@ def run_evaluate(
     if data is not None:
         # Every row of the file is measured, the longest too, rendered as the run's own were.
         like = recipe.data if recipe else DataConfig(train=data)
-        asked = like.model_copy(update={"train": data, "eval": None, "max_length": 1 << 20})
+        asked = like.model_copy(update={"train": data, "eval": None, "max_length": 1 << 20, "duplicates": "keep"})
         prepared = prepare(asked, tokenizer, seed=0)
         examples, rows = prepared.train, prepared.train_rows
-    elif recipe is None or config is None or recipe.data.eval in (None, 0):
+    elif recipe is None or config is None or recipe.data.eval in (None, 0) or "-" in _paths(recipe):
         raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
     else:
         prepared = prepare(recipe.data, tokenizer, config.seed_of_rows)
@@ -52,6 +52,13 @@ def run_evaluate(
     print(f"{'':14}{'base':>9}{'tuned':>9}   on {comparison.eval_rows} rows")
     for name in comparison.tuned:
         print(f"{name:14}{comparison.base[name]:9.4f}{comparison.tuned[name]:9.4f}")
+
+
+def _paths(recipe: Recipe) -> list[str]:
+    """What the recipe names as data; `-` can't be read again."""
+    given = [recipe.data.train, recipe.data.eval]
+    items = [item for source in given for item in (source if isinstance(source, list) else [source])]
+    return [item if isinstance(item, str) else getattr(item, "path", "") for item in items]
 
 
 def recipe_of(run: Path) -> Recipe | None:

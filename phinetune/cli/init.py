@@ -50,7 +50,7 @@ evaluation:
 
 def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -> None:
     from phinetune.data import Rejected, Row, read_rows, row_to_json
-    from phinetune.model.load import hub_answers
+    from phinetune.hub import hub_answers
 
     if output.exists() and not overwrite:
         raise RecipeError(str(output), "is there already", "use --overwrite or another --output")

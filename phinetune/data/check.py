@@ -37,6 +37,7 @@ class Checked:
     one_in: int = 1  # rows that were tokenised; what tokens show is known of them alone
     drawn: int = 0
     lost: int = 0
+    refused: list[str] = field(default_factory=list)  # what a policy makes an error of
 
     @property
     def share_lost(self) -> float:
@@ -86,14 +87,24 @@ def check_data(
     Raises:
         DataError: if files can't be read, or hold no rows.
     """
-    checked = {"train": _check_source(config.train, config, tokenizer, every_row, on_progress)}
+    checked: dict[str, Checked] = {"train": _check_source(config.train, config, tokenizer, every_row, on_progress)}
     if not isinstance(config.eval, float | int | None):
         checked["eval"] = _check_source(config.eval, config, tokenizer, every_row, on_progress)
-        train, held = checked["train"], checked["eval"]
-        leaks = int(np.isin(train.hashes, held.hashes).sum())
-        if leaks:
-            train.ledger.findings[Finding.HELD_OUT] = (leaks, [])
+        leaks = int(np.isin(checked["train"].hashes, checked["eval"].hashes).sum())
+        _apply(checked["train"], Finding.HELD_OUT, leaks, config.held_out_in_train)
     return checked
+
+
+def _apply(checked: Checked, finding: Finding, count: int, policy: str) -> None:
+    """What a run would do with some rows: count them, leave them out, or refuse them."""
+    ledger = checked.ledger
+    if count and policy == "raise":
+        checked.refused.append(f"{count:,} rows {finding.words}")
+    if count and policy == "drop":
+        ledger.dropped[finding.words] = count
+        ledger.used -= count
+    elif count:
+        ledger.findings[finding] = (count, [])
 
 
 def _check_source(
@@ -145,9 +156,10 @@ def _check_source(
     ledger.longest = int(checked.lengths.max(initial=0))
     ledger.parts, ledger.formats = dict(zip(PARTS, parts.tolist(), strict=True)), dict(formats)
     ledger.findings = {finding: (count, found_at[finding]) for finding, count in found.items() if count}
-    duplicates = len(checked.hashes) - len(np.unique(checked.hashes))
-    if duplicates:
-        ledger.findings[Finding.DUPLICATE] = (duplicates, [])
+    unique = np.unique(checked.hashes)
+    _apply(checked, Finding.DUPLICATE, len(checked.hashes) - len(unique), config.duplicates)
+    if config.duplicates == "drop":
+        checked.hashes = unique
     if not ledger.rows:
         raise DataError(ledger.source, "holds no rows", "put one chat a line in it")
     return checked

@@ -20,7 +20,8 @@ def chat_fingerprint(tokenizer: Any) -> dict[str, str]:
     tree = json.loads(tokenizer_json(tokenizer))
     deciding = {name: tree[name] for name in DECIDING}
     deciding["added_tokens"] = [[token[name] for name in ADDED] for token in tree["added_tokens"]]
-    return {"template": _digest(template_sources(tokenizer)), "tokenizer": _digest(deciding)}
+    sources = [source.replace("\r\n", "\n") for source in template_sources(tokenizer)]
+    return {"template": _digest(sources), "tokenizer": _digest(deciding)}
 
 
 def _digest(value: Any) -> str:

@@ -123,8 +123,8 @@ def recognise(record: Mapping[str, Any]) -> str:
 
 
 def _messages(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
-    messages = _required(record, "messages")
-    return _chat(messages, "messages"), _tools(record.get("tools", record.get("functions")))
+    messages = _chat(_required(record, "messages"), "messages")
+    return _with_system(record, messages), _tools(record.get("tools", record.get("functions")))
 
 
 def _sharegpt(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
@@ -157,7 +157,7 @@ def _prompt_completion(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
         else:
             said = [_message("assistant", _text(completion, "completion"))]
         messages = [{**message, "train": False} if message["role"] == "assistant" else message for message in asked]
-        return messages + said, _tools(record.get("tools"))
+        return _with_system(record, messages + said), _tools(record.get("tools"))
     messages = _exchange(_text(prompt, "prompt"), _text(completion, "completion"))
     return _with_system(record, messages), _tools(record.get("tools"))
 
@@ -216,7 +216,7 @@ def _one_message(given: Any, calls: int) -> Message:
     """One message under OpenAI's names: role, content, tool_calls, train."""
     if not isinstance(given, Mapping):
         raise _BadRow(f"is {kind_of(given)}, not an object with `role` and `content`")
-    message = {str(key): value for key, value in given.items() if value is not None or key == "content"}
+    message = {str(key): _plain(value) for key, value in given.items() if value is not None or key == "content"}
     role = message.pop("role", message.pop("from", None))
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")
@@ -240,7 +240,7 @@ def _one_message(given: Any, calls: int) -> Message:
 def _content(message: Message) -> Any:
     """The words of a message; None stays None where tool calls stand in their place."""
     role, content = message["role"], message["content"]
-    if content is None and message.get("tool_calls"):
+    if content is None and message.get("tool_calls") and role == "assistant":
         return None
     if isinstance(content, list):
         parts = []
@@ -266,7 +266,7 @@ def _tool_calls(value: Any, calls_before: int) -> list[dict[str, Any]]:
     if not isinstance(given, list):
         raise _BadRow(f"has {kind_of(given)} as tool calls, not a list")
     calls = []
-    for number, call in enumerate(given, calls_before):
+    for number, call in enumerate(_plain(given), calls_before):
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise _BadRow("has a tool call without a function name")
@@ -289,7 +289,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     """Tool schemas as templates read them: {"type": "function", "function": {…}}; None where there are none."""
     if value is None or value == "":
         return None
-    value = _decoded(value)
+    value = _plain(_decoded(value))
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise _BadRow("`tools` is not a list of objects")
     tools = [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in value]
@@ -302,7 +302,9 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
 
 def _with_system(record: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     system = _text(record.get("system", record.get("system_prompt", "")), "system")
-    return [_message("system", system), *messages] if system else messages
+    if not system or messages[0] == _message("system", system):
+        return messages
+    return [_message("system", system), *messages]
 
 
 def _exchange(user: str, assistant: str) -> list[Message]:
@@ -347,6 +349,15 @@ def _decoded(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold as it is; the dates and decimals of tables as text."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 def kind_of(value: Any) -> str:

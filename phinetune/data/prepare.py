@@ -1,5 +1,6 @@
 """From the data section of a recipe to examples: read, render, hold out, account for every row."""
 
+import datetime
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from phinetune.data.ledger import SHOWN, Ledger
 from phinetune.data.render import PARTS
 from phinetune.data.sources import DataFile, describe, open_sources
 from phinetune.data.store import Examples, Rows, Store
-from phinetune.data.template import ChatTemplate
+from phinetune.data.template import ChatTemplate, writes_date
 from phinetune.data.tokenise import tokenised
 from phinetune.data.worker import Task
 from phinetune.errors import DataError
@@ -95,6 +96,8 @@ def task_of(files: list[DataFile], tokenizer: Any, config: DataConfig) -> Task:
         )
         for file in files
     ]
+    if config.today is None and writes_date(tokenizer):
+        config = config.model_copy(update={"today": datetime.date.today().isoformat()})
     template = ChatTemplate.of(tokenizer, config.chat_template_kwargs, config.today)
     return Task(files, template, tokenizer_json(tokenizer), tokenizer.eos_token or "", config)
 

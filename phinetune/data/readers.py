@@ -26,6 +26,9 @@ LONGEST_LINE = 1 << 26  # bytes: no chat is longer, and a file without line ends
 
 KEPT_OF_A_BROKEN_ROW = 100_000  # characters
 
+# An object with one of these is a row, not a holder of rows.
+ROW_COLUMNS = {"messages", "conversations", "conversation", "prompt", "instruction", "question", "text"}
+
 Record = tuple[int, Any]  # (number, value or Rejected)
 
 
@@ -194,7 +197,7 @@ def _json_object(text: "_Text", file: DataFile) -> Iterator[Record]:
     """An object a line, or one object: a row by itself, or holding its rows in a list such as `data`."""
     line, value = text.line, text.value(file.place(text.line))
     lists = []
-    if isinstance(value, dict) and not {"messages", "conversations"} & set(value):
+    if isinstance(value, dict) and not ROW_COLUMNS & set(value):
         lists = [held for held in value.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
     if len(lists) == 1 and not text.peek():
         yield from enumerate(lists[0], 1)
@@ -264,6 +267,7 @@ class _Text:
                     continue
                 self.take(end - self.at)
                 return _decoder.checked(value, where)
+            _decoder.faults.clear()
             raise DataError(where, reason, "correct the file: where its next row begins is not known")
 
 
@@ -314,7 +318,7 @@ def _parquet_records(file: DataFile) -> Iterator[Record]:
         with file.open() as stream:
             source = stream if not file.compression else io.BytesIO(stream.read())
             yield from _numbered(parquet.ParquetFile(source).iter_batches(CHUNK_RECORDS))
-    except (ArrowException, OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (ArrowException, OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _unreadable(file, error) from None
 
 
@@ -331,7 +335,7 @@ def _arrow_records(file: DataFile) -> Iterator[Record]:
                 source.seek(0)
                 batches = iter(ipc.open_stream(source))
             yield from _numbered(batches)
-    except (ArrowException, OSError, UnicodeDecodeError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (ArrowException, OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _unreadable(file, error) from None
 
 

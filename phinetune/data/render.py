@@ -14,6 +14,8 @@ Such a turn isn't learnt from the whole, which no model will ever have to answer
 own: the conversation up to it.
 """
 
+import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +37,7 @@ Span = tuple[int, int]
 PROBE = [{"role": "user", "content": "8472"}, {"role": "assistant", "content": "5309"}]
 PROBE_SYSTEM = {"role": "system", "content": "3961"}
 PROBE_TOOL = {"type": "function", "function": {"name": "p6157", "description": "", "parameters": {"type": "object"}}}
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names that transformers reads it under
 PARTS = ("system", "user", "assistant", "tool", "template")
 
 
@@ -60,15 +63,15 @@ class Example:
 class Rendering:
     """A conversation as text, with the characters that are learnt.
 
-    `turns` are the assistant's turns in it (number of the message, span), learnt or not; `words` where the other
-    messages' words stand; `as_text` the control tokens that a message only spells.
+    `turns` are the turns that are learnt from it (index of the message, span); `words` where the words of other
+    messages stand (index, span); `as_text` the control tokens that a message only spells.
     """
 
     text: str
     learnt: list[Span]
     messages: list[Message]
     turns: list[tuple[int, Span]] = field(default_factory=list)
-    words: list[tuple[str, Span]] = field(default_factory=list)
+    words: list[tuple[int, Span]] = field(default_factory=list)
     as_text: list[Span] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
 
@@ -152,7 +155,7 @@ class Renderer:
         if last == 0:
             return None
         asked = row.messages[:last]
-        whole = self.renderings(row.messages[: last + 1], row.tools)[-1]
+        whole = self.renderings([*asked, {**row.messages[last], "train": True}], row.tools)[-1]
         if not whole.turns:
             return None
         begin, end = whole.turns[-1][1]
@@ -167,7 +170,8 @@ class Renderer:
             opening = self.prompt(PROBE[:1]).rpartition(PROBE[0]["content"])[2]
         except CannotRender:
             return []
-        learnt = [rendering.text[start:end] for start, end in rendering.learnt]
+        # Behind the words: some templates open an answer with control tokens, too.
+        learnt = [rendering.text[start:end].rpartition(PROBE[1]["content"])[2] for start, end in rendering.learnt]
         found = [token for text in learnt for token in self._control.findall(text)]
         found += self._control.findall(opening)
         return sorted({self.encoder.added[token][0] for token in found})
@@ -231,6 +235,7 @@ class Renderer:
             findings |= Finding.EMPTY_SYSTEM
 
         own: list[Rendering] = []
+        lost = set()  # turns that are not learnt from the whole
         turns: list[tuple[int, Span]] = []
         for i in wanted:
             is_last = i == len(messages) - 1
@@ -241,6 +246,7 @@ class Renderer:
             if text.startswith(up_to[: span[1]]):
                 turns.append((i, span))
                 continue
+            lost.add(i)
             if self.config.rewritten_turns == "drop":
                 raise CannotRender(f"the chat template writes message {i + 1} otherwise where others follow it")
             if self.config.rewritten_turns == "last":
@@ -248,17 +254,16 @@ class Renderer:
                 continue
             findings |= Finding.REWRITTEN
             learnt = _joined([span, *self._tail_span(up_to)])
-            if self.config.supervise == "all":
-                learnt = [(0, len(up_to))]
             words = self._words(messages[: i + 1], up_to, [(i, span)])
             own.append(Rendering(up_to, learnt, messages[: i + 1], [(i, span)], words, tools=tools))
-        if own and not turns:
-            return own, findings
         words = self._words(messages, text, turns)
+        marked = self._learnt_words(messages, words, text)
+        if own and not turns and not marked:
+            return own, findings
         if self.config.supervise == "all":
-            learnt = [(0, len(text))]
+            learnt = _without([(0, len(text))], [s for i, s in words if messages[i].get("train") is False or i in lost])
         else:
-            learnt = [span for _, span in turns] + self._learnt_words(messages, words, text)
+            learnt = [span for _, span in turns] + marked
             if turns and turns[-1][0] == len(messages) - 1:
                 learnt += self._tail_span(text)
         return [*own, Rendering(text, _joined(learnt), messages, turns, words, tools=tools)], findings
@@ -279,7 +284,12 @@ class Renderer:
                     f"the chat template's prompt for message {index + 1} is no beginning of what it writes with it"
                 )
             start = len(prompt)
-        found = text.find(content, start) if content and not message.get("tool_calls") else -1
+        reasoning = str(next((message[key] for key in REASONING if message.get(key)), "")).strip()
+        said = text.find(reasoning, start)
+        if said < 0:
+            raise CannotRender(f"the chat template does not write the reasoning of message {index + 1}")
+        said += len(reasoning)
+        found = text.find(content, said) if content and not message.get("tool_calls") else -1
         if found >= 0:
             end = found + len(content)
             control = self._control.search(text, end)
@@ -288,7 +298,6 @@ class Renderer:
         written = _squeezed(text[start:end])
         for what, said in (
             ("message", content),
-            ("reasoning of message", message.get("reasoning_content") or ""),
             *(("tool call in message", call["function"]["name"]) for call in message.get("tool_calls") or ()),
         ):
             if _squeezed(said) not in written:
@@ -304,14 +313,14 @@ class Renderer:
     def _tail_span(self, text: str) -> list[Span]:
         return [(len(text) - len(self._tail), len(text))] if self._tail and text.endswith(self._tail) else []
 
-    def _words(self, messages: list[Message], text: str, turns: list[tuple[int, Span]]) -> list[tuple[str, Span]]:
+    def _words(self, messages: list[Message], text: str, turns: list[tuple[int, Span]]) -> list[tuple[int, Span]]:
         """Where the words of each message stand that isn't one of `turns`.
 
         Raises:
             CannotRender: for a message of somebody else's than the assistant's that isn't written.
         """
         spans = dict(turns)
-        words: list[tuple[str, Span]] = []
+        words: list[tuple[int, Span]] = []
         at = 0
         for index, message in enumerate(messages):
             if index in spans:
@@ -320,28 +329,28 @@ class Renderer:
             content = (message["content"] or "").strip()
             if not content:
                 continue
-            begin = text.find(content, at)
-            if begin < 0:  # perhaps the template moves it
-                begin = text.find(content)
-            claimed = any(a <= begin < b for _, (a, b) in words)
-            if begin < 0 or claimed:
+            claimed = [span for _, span in words] + list(spans.values())
+            as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # as some templates write a tool's answer
+            for written, begin in itertools.product((content, as_json), (at, 0)):  # 0: perhaps the template moves it
+                place = _find_free(text, written, begin, claimed)
+                if place:
+                    break
+            else:
                 if message["role"] == "assistant":
                     continue
                 raise CannotRender(f"the chat template does not write the {message['role']} message")
-            words.append((message["role"], (begin, begin + len(content))))
-            at = max(at, begin + len(content))
+            words.append((index, place))
+            if message["role"] != "system":
+                at = max(at, place[1])
         return words
 
-    def _learnt_words(self, messages: list[Message], words: list[tuple[str, Span]], text: str) -> list[Span]:
+    def _learnt_words(self, messages: list[Message], words: list[tuple[int, Span]], text: str) -> list[Span]:
         """The messages of others that are marked to be learnt, through the control token behind them."""
         spans = []
-        for message in messages:
-            if message["role"] != "assistant" and message.get("train"):
-                content = (message["content"] or "").strip()
-                for _, (begin, end) in words:
-                    if text[begin:end] == content:
-                        control = self._control.search(text, end)
-                        spans.append((begin, control.end() if control else end))
+        for index, (begin, end) in words:
+            if messages[index]["role"] != "assistant" and messages[index].get("train"):
+                control = self._control.search(text, end)
+                spans.append((begin, control.end() if control else end))
         return spans
 
     def _check_tools(self, tools: list[dict[str, Any]] | None, text: str) -> None:
@@ -468,8 +477,8 @@ class Renderer:
         if strategy == "split":
             parts = self._split(rendering, encoded)
             return [_example(row, part, ids) for part, ids in parts], Finding.SPLIT
-        for index, (_, end) in reversed(rendering.turns[:-1]):  # truncate: whole turns first
-            if encoded.token_at(end) <= limit:
+        for index, (_, end) in reversed(rendering.turns):  # truncate: whole turns first
+            if index < len(rendering.messages) - 1 and encoded.token_at(end) <= limit:
                 shorter, ids = self._again(rendering, rendering.messages[: index + 1])
                 if len(ids.ids) <= limit:
                     return [_example(row, shorter, ids)], Finding.TRUNCATED
@@ -483,7 +492,7 @@ class Renderer:
         """Several conversations of whole exchanges, each behind the system message."""
         messages = rendering.messages
         system = messages[:1] if messages[0]["role"] == "system" else []
-        ends = [index + 1 for index, message in enumerate(messages) if message["role"] == "assistant"]
+        ends = [i for i in range(len(system) + 1, len(messages)) if messages[i]["role"] == "user"] + [len(messages)]
         exchanges = [messages[a:b] for a, b in zip([len(system), *ends], ends, strict=False)]
         parts: list[tuple[Rendering, Encoded]] = []
         part: list[Message] = []
@@ -558,9 +567,9 @@ def _example(row: Row, rendering: Rendering, encoded: Encoded) -> Example:
 def _parts(rendering: Rendering, encoded: Encoded, limit: int) -> tuple[int, ...]:
     """Tokens of each of PARTS among the first `limit`."""
     counts = dict.fromkeys(PARTS, 0)
-    places = [*rendering.words, *(("assistant", span) for _, span in rendering.turns)]
-    for role, (begin, end) in places:
-        counts[role] += max(min(encoded.token_at(end), limit) - min(encoded.token_at(begin), limit), 0)
+    for index, (begin, end) in [*rendering.words, *rendering.turns]:
+        first, last = min(encoded.token_at(begin), limit), min(encoded.token_at(end), limit)
+        counts[rendering.messages[index]["role"]] += last - first
     counts["template"] = limit - sum(counts.values())
     return tuple(counts.values())
 
@@ -592,11 +601,29 @@ def _unmarked(rendering: Rendering, letters: Mapping[str, str]) -> Rendering:
         text=text,
         learnt=[moved(span) for span in rendering.learnt],
         turns=[(index, moved(span)) for index, span in rendering.turns],
-        words=[(role, moved(span)) for role, span in rendering.words],
+        words=[(index, moved(span)) for index, span in rendering.words],
         as_text=places,
         messages=_mapped(rendering.messages, lambda said: pattern.sub(lambda m: letters[m.group()], said)),
         tools=_mapped(rendering.tools, lambda said: pattern.sub(lambda m: letters[m.group()], said)),
     )
+
+
+def _find_free(text: str, words: str, start: int, claimed: list[Span]) -> Span | None:
+    """The first place from `start` on where some words stand that isn't part of another message's."""
+    begin = text.find(words, start)
+    while begin >= 0:
+        end = begin + len(words)
+        if not any(a < end and begin < b for a, b in claimed):
+            return begin, end
+        begin = text.find(words, begin + 1)
+    return None
+
+
+def _without(spans: list[Span], taken: list[Span]) -> list[Span]:
+    """Spans without some parts of them."""
+    for a, b in taken:
+        spans = [part for begin, end in spans for part in ((begin, min(end, a)), (max(begin, b), end))]
+    return [(begin, end) for begin, end in spans if begin < end]
 
 
 def _joined(spans: list[Span]) -> list[Span]:

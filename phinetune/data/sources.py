@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from phinetune.errors import DataError
+from phinetune.hub import hub_answers
 from phinetune.recipe import DataSource
 
 SHIPPED = "phinetune:"
@@ -79,8 +80,12 @@ def open_sources(given: Any, rows: Iterable[Any] | None = None) -> Iterator[list
         files: list[DataFile] = []
         for item in given if isinstance(given, list) else [given]:
             source = item if isinstance(item, DataSource) else DataSource(path=item)
+            path = Path(source.path).expanduser()
             if source.path == STDIN:
-                found = [stack.enter_context(_stdin_as_file(source))]
+                found = [stack.enter_context(_stream_as_file(sys.stdin.buffer, "stdin", source))]
+            elif path.exists() and not path.is_file() and not path.is_dir():  # a pipe: it can be read but once
+                stream = stack.enter_context(path.open("rb"))
+                found = [stack.enter_context(_stream_as_file(stream, source.path, source))]
             else:
                 found = list(_find(source))
             files += found
@@ -101,7 +106,7 @@ def _find(source: DataSource) -> Iterator[DataFile]:
             yield _file(file, str(file), source)
     elif path.exists():
         yield _file(path, said, source)
-    elif any(sign in said for sign in "*?["):
+    elif any(sign in said for sign in "*?[") and not (":" in said and is_hub_id(said)):
         root = Path(path.anchor) if path.is_absolute() else Path()
         pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else str(path)
         found = sorted(p for p in root.glob(pattern) if p.is_file())
@@ -170,13 +175,17 @@ def _from_hub(source: DataSource) -> Iterator[DataFile]:
     """The Arrow files that `datasets` keeps of a Hub data set's split."""
     name, _, split = source.path.partition(":")
     split = split or source.split or "train"
+    if "[" in split or "+" in split:
+        what = "asks for a part or a sum of splits"
+        raise DataError(f"{name}:{split}", what, "name whole splits, and a weight such as 0.1")
     try:
-        from datasets import load_dataset
+        from datasets import DownloadConfig, load_dataset
     except ImportError:
         what = "no such file; as a Hub data set it needs the package datasets"
         raise DataError(source.path, what, "pip install 'phinetune[hub]'") from None
     try:
-        found = load_dataset(name, source.name, split=split, revision=source.revision)
+        at_hand = DownloadConfig(local_files_only=not hub_answers())
+        found = load_dataset(name, source.name, split=split, revision=source.revision, download_config=at_hand)
     except Exception as error:  # a data set's own files decide what may go wrong
         reason = " ".join(str(error).split())[:300]
         what = f"no such file, and it can't be had from the Hugging Face Hub ({type(error).__name__}: {reason})"
@@ -188,17 +197,17 @@ def _from_hub(source: DataSource) -> Iterator[DataFile]:
 
 
 @contextmanager
-def _stdin_as_file(source: DataSource) -> Iterator[DataFile]:
-    """Standard input, kept in a temporary file: it is read twice, and only once to be had."""
+def _stream_as_file(stream: Any, name: str, source: DataSource) -> Iterator[DataFile]:
+    """Standard input or a pipe, kept in a temporary file: it is read twice, and only once to be had."""
     with tempfile.TemporaryDirectory(prefix="phinetune-") as folder:
-        path = Path(folder) / "stdin"
+        path = Path(folder) / "stream"
         with path.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+            shutil.copyfileobj(stream, file, 1 << 20)
         with path.open("rb") as file:
             kind = _kind_by_content(file.read(4096))
         if path.stat().st_size == 0:
-            raise DataError("standard input", "is empty", "pipe one chat a line into it")
-        yield DataFile(path, "stdin", kind or "lines", "", source.format, source.columns, source.weight)
+            raise DataError(name, "is empty", "pipe one chat a line into it")
+        yield DataFile(path, name, kind or "lines", "", source.format, source.columns, source.weight)
 
 
 @contextmanager

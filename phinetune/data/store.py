@@ -9,6 +9,7 @@ manifest.json            written last: what is here, and a digest of it
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,9 @@ class StoreWriter:
             "tokens": int(joined["lengths"].sum()),
             "digest": self.digest.hexdigest(),
         }
+        for path in self.folder.iterdir():  # behind a power cut a manifest must not stand before what it names
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         (self.folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -120,6 +124,14 @@ class Store:
         self.digest: str = self.manifest["digest"]
         self.rejected: int = self.manifest["rejected"]
         self.formats: dict[str, int] = self.manifest["formats"]
+
+    def is_whole(self) -> bool:
+        """Whether its files are as long as they must be."""
+        tokens, sizes = self.manifest["tokens"], {"ids.bin": 4, "mask.bin": 1}
+        try:
+            return all((self.folder / name).stat().st_size == size * tokens for name, size in sizes.items())
+        except FileNotFoundError:
+            return False
 
     @cached_property
     def row_of_example(self) -> Any:

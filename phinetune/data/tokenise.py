@@ -15,8 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def processes(task: Task) -> int:
     if task.config.num_proc:
         return task.config.num_proc
     size = sum(file.path.stat().st_size for file in task.files)
-    return len(os.sched_getaffinity(0)) if size > WORTH_PROCESSES else 1
+    if size <= WORTH_PROCESSES:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -83,10 +86,8 @@ def _workers(task: Task) -> Iterator[Callable[[Chunk], "Future[Piece]"]]:
 
         yield at_once
         return
-    workers = [WorkerProcess(task) for _ in range(count)]
+    workers: list[WorkerProcess] = []
     idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
-    for process in workers:
-        idle.put(process)
 
     def in_process(chunk: Chunk) -> Piece:
         process = idle.get()
@@ -97,6 +98,9 @@ def _workers(task: Task) -> Iterator[Callable[[Chunk], "Future[Piece]"]]:
 
     threads = ThreadPoolExecutor(count)
     try:
+        for _ in range(count):
+            workers.append(WorkerProcess(task))
+            idle.put(workers[-1])
         yield lambda chunk: threads.submit(in_process, chunk)
     finally:
         for process in workers:
@@ -115,8 +119,13 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
     root = cache_folder() / "data"
     folder = root / cache_key(task)
     if (folder / MANIFEST).is_file():
-        os.utime(folder)
-        return Store(folder)
+        with suppress(OSError):  # somebody else's, whom it is to be read by all the same
+            os.utime(folder)
+        store = Store(folder)
+        if store.is_whole():
+            return store
+        log.warning(f"tokenised data in {folder} is damaged: it is made again")
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_unused(root)
@@ -142,10 +151,11 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
 def cache_key(task: Task) -> str:
     """A digest of everything that the tokens depend on."""
     settings = {name: value for name, value in task.config.model_dump(mode="json").items() if name not in NOT_IN_KEY}
-    files = [[file.name, sha256_of(file.path), file.kind, file.compression, file.format, file.columns]
+    files = [[file.name, sha256_of(file.path), file.kind, file.compression, file.format, file.columns, file.unreadable]
              for file in task.files]  # fmt: skip
     template = [task.template.source, task.template.source_with_tools, task.template.variables]
-    parts: Sequence[Any] = [_code(), task.tokenizer, template, task.eos, settings, files]
+    libraries = [version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    parts: Sequence[Any] = [_code(), libraries, task.tokenizer, template, task.eos, settings, files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -159,8 +169,8 @@ def _code() -> str:
 
 
 def _remove_unused(root: Path) -> None:
-    """Tokenised data that nobody has read for a month, and what a killed process left behind a day ago."""
+    """Tokenised data that nobody has read for a month, and what a killed process left behind then."""
     for path in root.iterdir():
-        age = time.time() - path.stat().st_mtime
-        if age > (86400 if path.name.startswith(".tmp-") else KEPT_UNUSED):
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process's, renamed or removed just now
+            if time.time() - path.stat().st_mtime > KEPT_UNUSED:
+                shutil.rmtree(path, ignore_errors=True)

@@ -23,7 +23,7 @@ from phinetune.data.encode import Encoder
 from phinetune.data.findings import NOTHING, Finding
 from phinetune.data.formats import Rejected, Row, order_fault
 from phinetune.data.readers import Chunk, rows
-from phinetune.data.render import PARTS, Example, Renderer
+from phinetune.data.render import PARTS, REASONING, Example, Renderer
 from phinetune.data.sources import DataFile
 from phinetune.data.store import Piece, row_to_json
 from phinetune.data.template import ChatTemplate
@@ -80,7 +80,7 @@ class Worker:
                 rejected.append((number, checked.reason, checked.raw))
                 continue
             line = row_to_json(checked[0])
-            made.append(_Made(number, checked[0], line, digest(line), checked[1]))
+            made.append(_Made(number, checked[0], line, digest(checked[0]), checked[1]))
         drawn = [m for m in made if m.hash % self.task.one_in == 0]
         lost = set()
         for start in range(0, len(drawn), ROWS_AT_ONCE):
@@ -144,8 +144,13 @@ def check(row: Row, config: DataConfig) -> tuple[Row, Finding] | Rejected:
     return row, findings
 
 
-def digest(line: bytes) -> int:
-    """64 bits of a conversation's sha: two rows with the same are duplicates."""
+def digest(row: Row) -> int:
+    """64 bits of what a row says, ids and flags aside: two rows with the same are duplicates."""
+    said: list[Any] = [row.text, row.tools]
+    for message in row.messages:
+        calls = [call["function"] for call in message.get("tool_calls") or ()]
+        said.append([message["role"], message["content"], calls, [message.get(key) for key in REASONING]])
+    line = json.dumps(said, sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
 
 
@@ -159,7 +164,7 @@ class WorkerProcess:
         self.process = subprocess.Popen(
             [*command, json.dumps(sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
-        self._send(task)
+        self._task: Task | None = task
 
     def piece(self, chunk: Chunk) -> Piece:
         """
@@ -167,6 +172,9 @@ class WorkerProcess:
             DataError: what the worker raised, or that it died.
         """
         try:
+            if self._task is not None:
+                self._send(self._task)
+                self._task = None
             self._send(chunk)
             answer = _receive(self.process.stdout)
         except (BrokenPipeError, EOFError):
@@ -228,5 +236,8 @@ def _receive(pipe: IO[bytes] | None) -> Any:
     head = pipe.read(8)
     if len(head) < 8:
         raise EOFError
-    data = pipe.read(struct.unpack("<Q", head)[0])
+    (size,) = struct.unpack("<Q", head)
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
     return pickle.loads(data)

@@ -69,7 +69,7 @@ def compare(
                 measured[who]["exact_match"] = exact_match(said[who], expected)
     model.train(was_training)
     quadruples = zip([turn.question for turn in asked], expected, said["base"], said["tuned"], strict=True)
-    return Comparison(measured["base"], measured["tuned"], len(examples), [Answer(*t) for t in quadruples])
+    return Comparison(measured["base"], measured["tuned"], len(rows), [Answer(*t) for t in quadruples])
 
 
 def exact_match(said: Sequence[str], expected: Sequence[str]) -> float:

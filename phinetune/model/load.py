@@ -1,27 +1,22 @@
 """The base model and its tokenizer, from a Hub id, a local folder, a .gguf file, or `smollm2`."""
 
 import logging
-import os
-import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
 
 from phinetune.errors import ModelError
+from phinetune.hub import hub_answers
 from phinetune.model import attention, smollm2
 from phinetune.model.family import FLAT_FAMILIES
 from phinetune.recipe import ModelKwargs
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-HUB_ANSWERS_WITHIN = 3.0  # seconds
 
 
 def load_tokenizer(model: str, kwargs: ModelKwargs, tokenizer_kwargs: dict[str, Any] | None = None) -> Any:
@@ -133,28 +128,3 @@ def _from_pretrained(load: Callable[..., T], model: str, kwargs: ModelKwargs, **
                 "connect, or give a local folder, a .gguf file, or smollm2 (the embedded model)",
             ) from error
         raise ModelError(where, f"can't be loaded ({reason})", "check the name, the files and model_kwargs") from error
-
-
-def hub_answers() -> bool:
-    """Whether the Hub can be reached, known within seconds; a proxy is trusted to reach it."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    url = urlsplit(constants.ENDPOINT)
-    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
-    answered = threading.Event()
-
-    def knock() -> None:  # in a thread: a name server that is silent has no time limit of its own
-        try:
-            socket.create_connection(address, timeout=HUB_ANSWERS_WITHIN).close()
-            answered.set()
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=knock, daemon=True)
-    thread.start()
-    thread.join(HUB_ANSWERS_WITHIN)
-    return answered.is_set()

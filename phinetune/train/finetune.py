@@ -57,9 +57,10 @@ FREE_TO_CHANGE = {
 
 # Everything a run writes into its folder.
 WRITTEN = [
-    "adapter_config.json", "adapter_model.safetensors", "answers.jsonl", "chat_format.json", "chat_template.jinja",
-    "checkpoint-*", "ledger.json", "metrics.jsonl", "recipe.yaml", "rejected.jsonl",
-    "special_tokens_map.json", "summary.json", "tensorboard", "tokenizer*", "train.log", ".tmp-checkpoint-*",
+    "adapter_config.json", "adapter_model.safetensors", "additional_chat_templates", "answers.jsonl",
+    "chat_format.json", "chat_template.jinja", "checkpoint-*", "ledger.json", "metrics.jsonl", "recipe.yaml",
+    "rejected.jsonl", "special_tokens_map.json", "summary.json", "tensorboard", "tokenizer*", "train.log",
+    ".tmp-checkpoint-*",
 ]  # fmt: skip
 
 

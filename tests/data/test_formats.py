@@ -268,7 +268,10 @@ def test_a_hub_data_set(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = list(read_rows(DataSource(path="owner/set", split="test", revision="abc", name="plain")))
-    assert asked == [("owner/set", "plain", {"split": "test", "revision": "abc"})]
+    ((name, config, options),) = asked
+    assert (name, config, options["split"], options["revision"]) == ("owner/set", "plain", "test", "abc")
+    with pytest.raises(DataError, match="name whole splits"):
+        list(read_rows("owner/set:test[:10%]"))
     assert [row.messages[0]["content"] for row in rows] == [c["question"] for c in CHATS]
     assert rows[0].where == "owner/set:test:1"
 

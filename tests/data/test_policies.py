@@ -239,3 +239,85 @@ def test_every_row_left_out_is_written_down(tmp_path, smollm2_tokenizer):
         4, 1, 2, {"stand in the data before": 1},
     )  # fmt: skip
     assert counts["padded"] == 0
+
+
+def test_what_a_second_reading_found(smollm2_tokenizer):
+    """Each row once went wrong in silence."""
+    import copy
+
+    def learnt(messages, **settings):
+        outcome = Renderer.of(smollm2_tokenizer, **settings).render(Row("here:1", messages))
+        return outcome.reason if isinstance(outcome, Rejected) else decoded(smollm2_tokenizer, outcome)
+
+    marked = [{**chat("yes", "ok")[0], "train": True}, chat("", "ok")[1], *chat("yes", "fine")]
+    assert learnt(marked) == ["yes<|im_end|>ok<|im_end|>fine<|im_end|>"], "one of two equal messages is marked"
+    user = [{"role": "user", "content": "user", "train": True}, {"role": "assistant", "content": "ok"}]
+    assert learnt(user) == ["user<|im_end|>ok<|im_end|>"]
+    answer = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
+    assert "does not write the reasoning of message 2" in learnt([chat("2+2?")[0], answer])
+    long = [*chat("a", "b", "c", "d"), {"role": "user", "content": "word " * 100}]
+    assert learnt(long, max_length=60, excess_length_strategy="truncate") == ["b<|im_end|>d<|im_end|>"]
+    row = Row("here:1", [*chat("a", "b", "c"), {"role": "assistant", "content": "d", "train": False}])
+    assert Renderer.of(smollm2_tokenizer).last_answer(row).expected == "d", "and not the turn before"
+
+    opening = copy.deepcopy(smollm2_tokenizer)
+    opening.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<file_sep>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    renderer = Renderer.of(opening)
+    assert renderer.render(Row("here:1", chat("a", "b"))).examples[0].ids.tolist().count(5) == 1
+    assert renderer.turn_ids() == [1, 2], "what opens an answer doesn't end it"
+
+
+def test_calls_and_their_answers(smollm2_tokenizer):
+    """A template that quotes a tool's answer; a call and its answer aren't split."""
+    import copy
+
+    quoting = copy.deepcopy(smollm2_tokenizer)
+    quoting.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content | tojson if m.role == 'tool' else m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    said = [chat("a")[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    said += [{"role": "tool", "content": '{"degrees": "31"}'}, {"role": "assistant", "content": "b"}]
+    assert decoded(quoting, Renderer.of(quoting).render(Row("here:1", said))) == ["f<|im_end|>b<|im_end|>"]
+    split = Renderer.of(quoting, max_length=40, excess_length_strategy="split")
+    assert decoded(quoting, split.render(Row("here:1", said + chat("c", "d")))) == [
+        "f<|im_end|>b<|im_end|>",
+        "d<|im_end|>",
+    ]
+
+
+def test_a_system_column_beside_messages():
+    from phinetune.data import to_row
+
+    row = to_row({"system": "Be kind.", "messages": chat("a", "b")}, "here:1")
+    assert row.messages == chat("a", "b", system="Be kind.")
+    assert to_row({"system": "Be kind.", "messages": row.messages}, "here:1").messages == row.messages
+
+
+def test_dates_in_tables_do_no_harm(tmp_path, smollm2_tokenizer):
+    import datetime
+
+    from pyarrow import Table, parquet
+
+    first = {"role": "user", "content": "a", "timestamp": datetime.datetime(2026, 1, 2)}
+    rows = [{"conversation": [first, {"role": "assistant", "content": "b"}]}]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
+    data = prepared(str(tmp_path / "a.parquet"), smollm2_tokenizer)
+    assert data.train_rows[0].messages[0] == {"role": "user", "content": "a", "timestamp": "2026-01-02 00:00:00"}
+
+
+def test_a_damaged_store_is_made_again(tmp_path, smollm2_tokenizer, monkeypatch):
+    from phinetune.data import tokenise as room
+
+    monkeypatch.setattr(room, "cache_folder", lambda: tmp_path)
+    source = write(tmp_path / "x.jsonl", chat("a", "b"), chat("c", "d"))
+    first = prepared(source, smollm2_tokenizer)
+    expected = first.train[1].ids.tolist()
+    ids = first.train.store.folder / "ids.bin"
+    ids.write_bytes(ids.read_bytes()[:-8])
+    assert prepared(source, smollm2_tokenizer).train[1].ids.tolist() == expected

@@ -113,6 +113,6 @@ def test_a_messages_flag_is_stronger(smollm2_tokenizer, supervise):
     expected = {
         "assistant": ["One<|im_end|>", "Two<|im_end|>", "Four<|im_end|>"],
         "last": ["One<|im_end|>", "Four<|im_end|>"],
-        "all": [smollm2_tokenizer.decode(example.ids)],
+        "all": smollm2_tokenizer.decode(example.ids).split("Six"),
     }
     assert learnt == expected[supervise]
