@@ -257,7 +257,7 @@ class Renderer:
             words = self._words(messages[: i + 1], up_to, [(i, span)])
             own.append(Rendering(up_to, learnt, messages[: i + 1], [(i, span)], words, tools=tools))
         words = self._words(messages, text, turns)
-        marked = self._learnt_words(messages, words, text)
+        marked = self._marked(messages, words, text, tools)
         if own and not turns and not marked:
             return own, findings
         if self.config.supervise == "all":
@@ -344,13 +344,22 @@ class Renderer:
                 at = max(at, place[1])
         return words
 
-    def _learnt_words(self, messages: list[Message], words: list[tuple[int, Span]], text: str) -> list[Span]:
+    def _marked(
+        self, messages: list[Message], words: list[tuple[int, Span]], text: str, tools: list[dict[str, Any]] | None
+    ) -> list[Span]:
         """The messages of others that are marked to be learnt, through the control token behind them."""
         spans = []
         for index, (begin, end) in words:
-            if messages[index]["role"] != "assistant" and messages[index].get("train"):
-                control = self._control.search(text, end)
-                spans.append((begin, control.end() if control else end))
+            if messages[index]["role"] == "assistant" or not messages[index].get("train"):
+                continue
+            up_to = self.template.render(messages[: index + 1], tools)
+            limit = self._end_of_turns(up_to)
+            if text.startswith(up_to[:limit]):  # the last place in it: its header may hold the same words
+                said = text[begin:end]
+                begin = up_to.rindex(said, 0, limit)
+                end = begin + len(said)
+            control = self._control.search(text, end)
+            spans.append((begin, control.end() if control else end))
         return spans
 
     def _check_tools(self, tools: list[dict[str, Any]] | None, text: str) -> None:
