@@ -82,16 +82,16 @@ class Worker:
             line = row_to_json(checked[0])
             made.append(_Made(number, checked[0], line, digest(checked[0]), checked[1]))
         drawn = [m for m in made if m.hash % self.task.one_in == 0]
-        lost = set()
+        lost: set[int] = set()
         for start in range(0, len(drawn), ROWS_AT_ONCE):
             batch = drawn[start : start + ROWS_AT_ONCE]
             for m, outcome in zip(batch, self.renderer.render_batch([m.row for m in batch]), strict=True):
                 if isinstance(outcome, Rejected):
                     rejected.append((m.number, outcome.reason, outcome.raw))
-                    lost.add(m.number)
+                    lost.add(id(m))
                 else:
                     m.examples, m.findings = outcome.examples, m.findings | outcome.findings
-        kept = [m for m in made if m.number not in lost]
+        kept = [m for m in made if id(m) not in lost]  # not by number: an array may stand in one line
         return self._piece(chunk.file, kept, sorted(rejected, key=lambda r: r[0]), len(drawn), len(lost))
 
     def _piece(self, file: int, made: list[_Made], rejected: list[Any], drawn: int, lost: int) -> Piece:

@@ -58,7 +58,7 @@ def test_check_for_a_person_says_what_a_run_would_refuse(tmp_path):
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real files are not here")
 @pytest.mark.parametrize(
-    ("name", "rows", "used"), [("alpaca_en_demo.json", 999, 999), ("glaive_toolcall_en_demo.json", 300, 109)]
+    ("name", "rows", "used"), [("alpaca_en_demo.json", 999, 999), ("glaive_toolcall_en_demo.json", 300, 108)]
 )
 def test_check_on_the_real_files(name, rows, used):
     """SmolLM2's template knows no tools, so rows with tools are left out, with the reason."""
@@ -67,8 +67,10 @@ def test_check_on_the_real_files(name, rows, used):
     assert (train["rows"], train["used"], train["rejected"]) == (rows, used, rows - used)
     if used < rows:
         assert ran.returncode == 2
-        ((reason, counted),) = train["reasons"].items()
-        assert (reason, counted["rows"]) == ("the chat template does not write the tools", rows - used)
+        assert {reason: counted["rows"] for reason, counted in train["reasons"].items()} == {
+            "the chat template does not write the tools": 191,
+            "has N tokens, above data.max_length=N": 1,
+        }
 
 
 def test_preview_shows_what_is_learnt(tmp_path):
@@ -118,7 +120,7 @@ def test_another_template_is_refused_unless_told(tmp_path, chats, tiny_llama_fol
     assert phinetune("evaluate", run, "--no-answers").returncode == 0
 
     template = run / "chat_template.jinja"
-    template.write_text(template.read_text().replace("assistant", "helper"))
+    template.write_text("{# another #}" + template.read_text())
     for verb in (("evaluate", run, "--no-answers", "--data", chats), ("chat", run, "-p", "Hi", "--max-new-tokens", 2)):
         ran = phinetune(*verb)
         assert ran.returncode == 2, ran.stdout

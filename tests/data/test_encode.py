@@ -46,7 +46,7 @@ def test_real_text(tokenizer, alpaca_chats):
     same(tokenizer, templated[:400])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.text(), max_size=5))
 def test_any_text(smollm2_tokenizer, texts):
     same(smollm2_tokenizer, texts)

@@ -37,7 +37,7 @@ def runs(example):
     return found
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(messages=conversations())
 def test_smollm2(smollm2_tokenizer, messages):
     (example,) = Renderer.of(smollm2_tokenizer, max_length=100_000).render(Row("here:1", messages)).examples
@@ -46,7 +46,7 @@ def test_smollm2(smollm2_tokenizer, messages):
     assert smollm2_tokenizer.decode(example.ids) == Renderer.of(smollm2_tokenizer).renderings(messages)[0].text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(messages=conversations())
 def test_phi3(phi3_tokenizer, messages):
     said = [m["content"] for m in messages if m["role"] == "assistant"]
@@ -61,7 +61,7 @@ def test_phi3(phi3_tokenizer, messages):
     assert sum(example.parts) == len(example.ids)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(messages=conversations(), limit=st.integers(8, 80), strategy=st.sampled_from(["truncate", "split"]))
 def test_what_is_too_long_is_cut_behind_turns(smollm2_tokenizer, messages, limit, strategy):
     from phinetune.data import Finding, Rejected

@@ -31,7 +31,7 @@ def write(path, count, first=0):
 
 
 def test_processes_give_what_one_gives(tmp_path, cache, smollm2_tokenizer):
-    source = write(tmp_path / "a.jsonl", 30_000)  # several chunks
+    source = write(tmp_path / "a.jsonl", 12_000)  # several chunks
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("nonsense\n")
     one = prepare(DataConfig(train=source, num_proc=1), smollm2_tokenizer, 0)
@@ -39,10 +39,10 @@ def test_processes_give_what_one_gives(tmp_path, cache, smollm2_tokenizer):
     assert one.train.store.folder != two.train.store.folder
     assert one.train.store.digest == two.train.store.digest
     assert one.fingerprint == two.fingerprint
-    assert [r.where for r in two.rejected()] == [f"{source}:30001"]
-    assert one.train[29_999].ids.tolist() == two.train[29_999].ids.tolist()
-    assert two.train_rows[12_345].messages[0]["content"] == "What is 12345?"
-    assert two.train[12_345].where == f"{source}:12346"
+    assert [r.where for r in two.rejected()] == [f"{source}:12001"]
+    assert one.train[11_999].ids.tolist() == two.train[11_999].ids.tolist()
+    assert two.train_rows[8_765].messages[0]["content"] == "What is 8765?"
+    assert two.train[8_765].where == f"{source}:8766"
     assert isinstance(one.train.store._ids, np.memmap)
 
 
