@@ -34,6 +34,7 @@ bench-lora: install
 
 bench-data: install .venv-trl/installed
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/mutants.py
 
 # Peers live in environments of their own.
 .venv-trl/installed: .venv/installed
