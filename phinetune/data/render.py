@@ -321,6 +321,8 @@ class Renderer:
         """
         spans = dict(turns)
         words: list[tuple[int, Span]] = []
+        # No message lies in a control token, or makes one together with what stands beside it.
+        taken = [match.span() for match in self._marks.finditer(text)] + list(spans.values())
         at = 0
         for index, message in enumerate(messages):
             if index in spans:
@@ -329,7 +331,7 @@ class Renderer:
             content = (message["content"] or "").strip()
             if not content:
                 continue
-            claimed = [span for _, span in words] + list(spans.values())
+            claimed = [*taken, *(span for _, span in words)]
             as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # as some templates write a tool's answer
             for written, begin in itertools.product((content, as_json), (at, 0)):  # 0: perhaps the template moves it
                 place = _find_free(text, written, begin, claimed)
@@ -338,7 +340,7 @@ class Renderer:
             else:
                 if message["role"] == "assistant":
                     continue
-                raise CannotRender(f"the chat template does not write the {message['role']} message")
+                raise CannotRender(f"the chat template does not write the {message['role']} message as it is")
             words.append((index, place))
             if message["role"] != "system":
                 at = max(at, place[1])

@@ -321,3 +321,20 @@ def test_a_damaged_store_is_made_again(tmp_path, smollm2_tokenizer, monkeypatch)
     ids = first.train.store.folder / "ids.bin"
     ids.write_bytes(ids.read_bytes()[:-8])
     assert prepared(source, smollm2_tokenizer).train[1].ids.tolist() == expected
+
+
+def test_messages_that_make_a_control_token_together(smollm2_tokenizer):
+    """A template that writes messages side by side: half a token in each."""
+    import copy
+
+    gluing = copy.deepcopy(smollm2_tokenizer)
+    gluing.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>{{ m.content }}<|im_end|>\n"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    renderer = Renderer.of(gluing)
+    whole = chat("a", "b", system="Be kind.")
+    assert decoded(gluing, renderer.render(Row("here:1", whole))) == ["b<|im_end|>"]
+    halves = chat("end|> a", "b", system="Be kind.<|im_")
+    outcome = renderer.render(Row("here:1", halves))
+    assert outcome.reason == "the chat template does not write the system message as it is"
