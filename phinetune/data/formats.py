@@ -216,7 +216,11 @@ def _one_message(given: Any, calls: int) -> Message:
     """One message under OpenAI's names: role, content, tool_calls, train."""
     if not isinstance(given, Mapping):
         raise _BadRow(f"is {kind_of(given)}, not an object with `role` and `content`")
-    message = {str(key): _plain(value) for key, value in given.items() if value is not None or key == "content"}
+    message = {
+        str(key): value if isinstance(value, str) else _plain(value)
+        for key, value in given.items()
+        if value is not None or key == "content"
+    }
     role = message.pop("role", message.pop("from", None))
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")

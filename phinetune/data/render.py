@@ -14,7 +14,6 @@ Such a turn isn't learnt from the whole, which no model will ever have to answer
 own: the conversation up to it.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,6 +105,7 @@ class Renderer:
         self.controls = {token for token in marks if added[token][1].special}
         self._control = control_pattern(self.controls)
         self._mark_begins = sorted({mark[0] for mark in marks})
+        self._longest_mark = max(map(len, marks), default=0)
         self._marks, self._marks_unspoken = control_pattern(marks), control_pattern(marks - spoken)
 
     @classmethod
@@ -321,8 +321,6 @@ class Renderer:
         """
         spans = dict(turns)
         words: list[tuple[int, Span]] = []
-        # No message lies in a control token, or makes one together with what stands beside it.
-        taken = [match.span() for match in self._marks.finditer(text)] + list(spans.values())
         at = 0
         for index, message in enumerate(messages):
             if index in spans:
@@ -331,13 +329,11 @@ class Renderer:
             content = (message["content"] or "").strip()
             if not content:
                 continue
-            claimed = [*taken, *(span for _, span in words)]
-            as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # as some templates write a tool's answer
-            for written, begin in itertools.product((content, as_json), (at, 0)):  # 0: perhaps the template moves it
-                place = _find_free(text, written, begin, claimed)
-                if place:
-                    break
-            else:
+            claimed = [*spans.values(), *(span for _, span in words)]
+            place = self._find_free(text, content, at, claimed)
+            if place is None:  # as some templates write a tool's answer
+                place = self._find_free(text, json.dumps(content, ensure_ascii=False)[1:-1], at, claimed)
+            if place is None:
                 if message["role"] == "assistant":
                     continue
                 raise CannotRender(f"the chat template does not write the {message['role']} message as it is")
@@ -345,6 +341,25 @@ class Renderer:
             if message["role"] != "system":
                 at = max(at, place[1])
         return words
+
+    def _find_free(self, text: str, words: str, start: int, claimed: list[Span]) -> Span | None:
+        """The first place from `start` on, else from the beginning, that is no part of another message's.
+
+        Nor does a message lie in a control token, or make one together with what stands beside it.
+        """
+        for begin in (start, 0):  # 0: perhaps the template moves it
+            begin = text.find(words, begin)
+            while begin >= 0:
+                end = begin + len(words)
+                free = not any(a < end and begin < b for a, b in claimed)
+                if free and not self._in_mark(text, begin) and not self._in_mark(text, end):
+                    return begin, end
+                begin = text.find(words, begin + 1)
+        return None
+
+    def _in_mark(self, text: str, char: int) -> bool:
+        near = self._marks.finditer(text, max(char - self._longest_mark, 0), char + self._longest_mark)
+        return any(match.start() < char < match.end() for match in near)
 
     def _marked(
         self, messages: list[Message], words: list[tuple[int, Span]], text: str, tools: list[dict[str, Any]] | None
@@ -617,17 +632,6 @@ def _unmarked(rendering: Rendering, letters: Mapping[str, str]) -> Rendering:
         messages=_mapped(rendering.messages, lambda said: pattern.sub(lambda m: letters[m.group()], said)),
         tools=_mapped(rendering.tools, lambda said: pattern.sub(lambda m: letters[m.group()], said)),
     )
-
-
-def _find_free(text: str, words: str, start: int, claimed: list[Span]) -> Span | None:
-    """The first place from `start` on where some words stand that isn't part of another message's."""
-    begin = text.find(words, start)
-    while begin >= 0:
-        end = begin + len(words)
-        if not any(a < end and begin < b for a, b in claimed):
-            return begin, end
-        begin = text.find(words, begin + 1)
-    return None
 
 
 def _without(spans: list[Span], taken: list[Span]) -> list[Span]:

@@ -146,11 +146,13 @@ def check(row: Row, config: DataConfig) -> tuple[Row, Finding] | Rejected:
 
 def digest(row: Row) -> int:
     """64 bits of what a row says, ids and flags aside: two rows with the same are duplicates."""
-    said: list[Any] = [row.text, row.tools]
+    said = [row.text or "", json.dumps(row.tools, sort_keys=True) if row.tools else ""]
     for message in row.messages:
+        said += (message["role"], message["content"] or "", *(str(message[key]) for key in REASONING if key in message))
         calls = [call["function"] for call in message.get("tool_calls") or ()]
-        said.append([message["role"], message["content"], calls, [message.get(key) for key in REASONING]])
-    line = json.dumps(said, sort_keys=True).encode()
+        if calls:
+            said.append(json.dumps(calls, sort_keys=True))
+    line = "\x1f".join(said).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
 
 
