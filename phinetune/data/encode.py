@@ -366,26 +366,24 @@ def _byte_of(letter: str) -> int:
     return ord(letter) if ord(letter) in printed else others[ord(letter) - 0x100]
 
 
+NEVER_CUT = "\0"
 _odd = re.compile(r"\s ")
+_odd_space = re.compile(r"(?<=\s) ")
 _header = re.compile(r"[0-9A-Za-z]\n(?=\S)")
 
 
 def _split_words(text: str) -> list[str]:
     """A text cut before every space that follows a character which is no white space."""
+    kept = NEVER_CUT not in text and _odd.search(text)
+    if kept:  # spaces behind white space stay where they are
+        text = _odd_space.sub(NEVER_CUT, text)
+    elif NEVER_CUT in text:
+        return [text]
     first, *rest = text.split(" ")
-    if not _odd.search(text):
-        words = [" " + piece for piece in rest]
-        return [first, *words] if first else words
-    words = [first]
-    last = first
-    for piece in rest:
-        if last and not last[-1].isspace():
-            last = " " + piece
-            words.append(last)
-        else:
-            last = f"{last} {piece}"
-            words[-1] = last
-    return words
+    words = [" " + piece for piece in rest]
+    if first:
+        words.insert(0, first)
+    return [word.replace(NEVER_CUT, " ") if NEVER_CUT in word else word for word in words] if kept else words
 
 
 def _flat(part: Any, key: str) -> list[dict[str, Any]]:
