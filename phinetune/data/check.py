@@ -126,7 +126,7 @@ def _check_source(
             file = files[piece.file]
             lengths.append(piece.lengths)
             hashes.append(piece.hash)
-            parts.__iadd__(piece.parts.sum(0, dtype=np.int64))
+            np.add(parts, piece.parts.sum(0, dtype=np.int64), out=parts)
             formats.update(piece.formats)
             checked.drawn += piece.drawn
             checked.lost += piece.lost

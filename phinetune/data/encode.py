@@ -3,7 +3,7 @@
 Two things are ours.
 
 Words are remembered.  Byte pairs never merge across a space (no token of the vocabulary holds one behind another
-character), so a text's ids are those of its words, and most words have been seen before: some eight times as fast as
+character), so a text's ids are those of its words, and most words have been seen before: some four times as fast as
 the tokenizer itself on English.  It is used where the vocabulary, the pre-tokenizer and a trial say that it is exact.
 
 Control tokens inside a message stay text.  A message that spells <|end|> must not end a turn.  The text is encoded by

@@ -183,7 +183,6 @@ READERS = {
     "pairs": _pairs,
     "text": _plain_text,
 }
-FORMATS = tuple(READERS)
 
 
 def _renamed(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -383,11 +382,8 @@ def order_fault(messages: Sequence[Message]) -> str:
             "tool": before == "tool" or called,
         }[role]
         if not expected:
-            return f"message {number} is the {role}'s behind {f'the {before}' if before else 'nothing'}{_s(before)}"
+            behind = f"the {before}'s" if before else "nothing"
+            return f"message {number} is the {role}'s behind {behind}"
         called = bool(message.get("tool_calls"))
         before = role
     return ""
-
-
-def _s(role: str) -> str:
-    return "'s" if role else ""

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from phinetune.data.findings import Finding
 from phinetune.data.formats import Rejected, Row
 from phinetune.data.render import PARTS, Example
 
@@ -173,16 +172,13 @@ class Store:
                 file, number, reason, raw = json.loads(line)
                 yield Rejected(f"{self.manifest['names'][file]}:{number}", reason, raw)
 
-    def rows_with(self, finding: Finding) -> Any:
-        return (self.findings & np.uint32(finding)).nonzero()[0]
-
     def _mapped(self, name: str, dtype: Any) -> Any:
         path = self.folder / name
         return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-class Examples(Sequence[Example]):
-    """Some examples of a store, read when they are asked for; `lengths` and `supervised` of all are at hand."""
+class _Some:
+    """Some things of a store by their numbers in it, read when they are asked for."""
 
     def __init__(self, store: Store, indices: Any) -> None:
         self.store, self.indices = store, indices
@@ -192,8 +188,18 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Examples(self.store, self.indices[index])
-        return self.store.example(int(self.indices[index]))
+            return type(self)(self.store, self.indices[index])
+        return self._read(int(self.indices[index]))
+
+    def _read(self, index: int) -> Any:
+        raise NotImplementedError
+
+
+class Examples(_Some, Sequence[Example]):
+    """Some examples of a store; `lengths` and `supervised` of all of them are at hand."""
+
+    def _read(self, index: int) -> Example:
+        return self.store.example(index)
 
     @property
     def lengths(self) -> Any:
@@ -209,19 +215,11 @@ class Examples(Sequence[Example]):
         return self.store.file[self.store.row_of_example[self.indices]]
 
 
-class Rows(Sequence[Row]):
-    """Some conversations of a store, read when they are asked for."""
+class Rows(_Some, Sequence[Row]):
+    """Some conversations of a store."""
 
-    def __init__(self, store: Store, indices: Any) -> None:
-        self.store, self.indices = store, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return Rows(self.store, self.indices[index])
-        return self.store.row(int(self.indices[index]))
+    def _read(self, index: int) -> Row:
+        return self.store.row(index)
 
 
 def row_to_json(row: Row) -> bytes:
