@@ -13,7 +13,7 @@ a copy of the tokenizer in which control tokens have other names; the template's
 import bisect
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -256,7 +256,8 @@ class _Words:
         found = {word for segments in split for segment in segments for word in segment.words}
         unknown = found.difference(self.known)  # not `-`, which would walk through all that is known
         self.known |= self._encode(list(unknown))
-        encoded = [self._join(segments) for segments in split]
+        ids = {word: self.known[word] for word in found}  # small enough to stay in the processor's cache
+        encoded = [self._join(segments, ids) for segments in split]
         for word in unknown:
             if len(word) > LONGEST_REMEMBERED:
                 del self.known[word]
@@ -280,8 +281,8 @@ class _Words:
         """A text cut where a space follows another character, and behind a first line that is a template's header."""
         line = text.find("\n", 1, LONGEST_REMEMBERED) if self.cuts_headers else -1
         if line > 0 and _header.match(text, line - 1):
-            return [*_split_words(text[: line + 1]), *_split_words(text[line + 1 :])]
-        return _split_words(text)
+            return [*_words_of.findall(text[: line + 1]), *_words_of.findall(text[line + 1 :])]
+        return _words_of.findall(text)
 
     def _encode(self, words: list[str]) -> dict[str, bytes]:
         """Ids of words in the middle of a text: all in one go, an anchor before each."""
@@ -290,17 +291,15 @@ class _Words:
         joined = self.anchor + self.anchor.join(words)
         (encoding,) = self.tokenizer.encode_batch_fast([joined], add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
-        anchors = np.append((ids == self.ids[self.anchor]).nonzero()[0], len(ids)).tolist()
-        return {
-            word: ids[begin + 1 : end].tobytes()
-            for word, begin, end in zip(words, anchors[:-1], anchors[1:], strict=True)
-        }
+        ends = np.append((ids == self.ids[self.anchor]).nonzero()[0], len(ids)) * ids.itemsize
+        begins, ends, of_all = (ends[:-1] + ids.itemsize).tolist(), ends[1:].tolist(), ids.tobytes()
+        return {word: of_all[begin:end] for word, begin, end in zip(words, begins, ends, strict=True)}
 
-    def _join(self, segments: list["_Segment"]) -> Encoded:
+    def _join(self, segments: list["_Segment"], ids: Mapping[str, bytes]) -> Encoded:
         pieces: list[bytes] = []
         tokens = [0]  # before each segment's words, and behind them
         for segment in segments:
-            own = [self.known[word] for word in segment.words]
+            own = [ids[word] for word in segment.words]
             if own and segment.is_first:
                 own[0] = self._first(segment.words[0])
             joined = b"".join(own)
@@ -366,24 +365,9 @@ def _byte_of(letter: str) -> int:
     return ord(letter) if ord(letter) in printed else others[ord(letter) - 0x100]
 
 
-NEVER_CUT = "\0"
-_odd = re.compile(r"\s ")
-_odd_space = re.compile(r"(?<=\s) ")
 _header = re.compile(r"[0-9A-Za-z]\n(?=\S)")
-
-
-def _split_words(text: str) -> list[str]:
-    """A text cut before every space that follows a character which is no white space."""
-    kept = NEVER_CUT not in text and _odd.search(text)
-    if kept:  # spaces behind white space stay where they are
-        text = _odd_space.sub(NEVER_CUT, text)
-    elif NEVER_CUT in text:
-        return [text]
-    first, *rest = text.split(" ")
-    words = [" " + piece for piece in rest]
-    if first:
-        words.insert(0, first)
-    return [word.replace(NEVER_CUT, " ") if NEVER_CUT in word else word for word in words] if kept else words
+# Cuts before every space that follows a character which is no white space.
+_words_of = re.compile(r"\s*+\S++(?:[^\S ]\s*+\S++)*+(?:[^\S ]\s*+)?+|\s++")
 
 
 def _flat(part: Any, key: str) -> list[dict[str, Any]]:

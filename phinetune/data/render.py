@@ -15,22 +15,20 @@ own: the conversation up to it.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from phinetune.data.control_text import Letters, Marks, Span, show, show_all
 from phinetune.data.encode import Encoded, Encoder, control_pattern
 from phinetune.data.findings import NOTHING, Finding
 from phinetune.data.formats import Message, Rejected, Row
 from phinetune.data.template import CannotRender, ChatTemplate
 from phinetune.errors import DataError
 from phinetune.recipe import DataConfig
-
-Span = tuple[int, int]
 
 # A conversation in words that no template writes of its own.
 PROBE = [{"role": "user", "content": "8472"}, {"role": "assistant", "content": "5309"}]
@@ -97,16 +95,8 @@ class Renderer:
 
     def __init__(self, template: ChatTemplate, encoder: Encoder, config: DataConfig, eos: str = "") -> None:
         self.template, self.encoder, self.config, self.eos = template, encoder, config, eos
-        added = encoder.added
-        marks = {token for token, (_, t) in added.items() if token.strip() and (t.special or set(token) & set("<[{|"))}
-        # What an assistant may say and mean: reasoning and tool marks that the template knows, such as <think>.
-        sources = template.source + template.source_with_tools
-        spoken = {token for token in marks if not added[token][1].special and token in sources}
-        self.controls = {token for token in marks if added[token][1].special}
-        self._control = control_pattern(self.controls)
-        self._mark_begins = sorted({mark[0] for mark in marks})
-        self._longest_mark = max(map(len, marks), default=0)
-        self._marks, self._marks_unspoken = control_pattern(marks), control_pattern(marks - spoken)
+        self._marks = Marks(encoder, template)
+        self._control = control_pattern(self._marks.special)
 
     @classmethod
     def of(cls, tokenizer: Any, config: DataConfig | None = None, **settings: Any) -> "Renderer":
@@ -143,11 +133,11 @@ class Renderer:
         Raises:
             CannotRender: if the template doesn't write a message, or refuses them.
         """
-        messages, tools, marks = self._mark(self._settled(messages)[0], tools)
+        messages, tools, letters = self._marks.hide(self._settled(messages)[0], tools)
         text = self.prompt(messages, tools)
         self._check_tools(tools, text)
         self._words(messages, text, [])
-        return list(self._encode(_unmarked(Rendering(text, [], messages), marks)).ids)
+        return list(self._encode(_shown(Rendering(text, [], messages), letters)).ids)
 
     def last_answer(self, row: Row) -> LastAnswer | None:
         """A row's last answer, all that is learnt of it but its control tokens; None where nothing asks for it."""
@@ -190,7 +180,7 @@ class Renderer:
         try:
             if row.text is not None:
                 rendering = Rendering(row.text + self.eos, [(0, len(row.text + self.eos))], [])
-                rendering = replace(rendering, as_text=[m.span() for m in self._marks.finditer(row.text)])
+                rendering = replace(rendering, as_text=self._marks.spans(row.text))
                 return [rendering], Finding.CONTROL_TEXT if rendering.as_text else NOTHING
             renderings, findings = self._renderings(row.messages, row.tools)
             for rendering in renderings:
@@ -209,10 +199,10 @@ class Renderer:
         self, messages: list[Message], tools: list[dict[str, Any]] | None
     ) -> tuple[list[Rendering], Finding]:
         settled, findings = self._settled(messages)
-        marked, tools, letters = self._mark(settled, tools)
-        renderings, found = self._texts(marked, tools)
+        hidden, tools, letters = self._marks.hide(settled, tools)
+        renderings, found = self._texts(hidden, tools)
         findings |= found | (Finding.CONTROL_TEXT if letters else NOTHING)
-        return [_unmarked(rendering, letters) for rendering in renderings], findings
+        return [_shown(rendering, letters) for rendering in renderings], findings
 
     def _settled(self, messages: list[Message]) -> tuple[list[Message], Finding]:
         """The messages with a system message that the template doesn't write where the recipe wants it."""
@@ -352,14 +342,10 @@ class Renderer:
             while begin >= 0:
                 end = begin + len(words)
                 free = not any(a < end and begin < b for a, b in claimed)
-                if free and not self._in_mark(text, begin) and not self._in_mark(text, end):
+                if free and not self._marks.hold(text, begin) and not self._marks.hold(text, end):
                     return begin, end
                 begin = text.find(words, begin + 1)
         return None
-
-    def _in_mark(self, text: str, char: int) -> bool:
-        near = self._marks.finditer(text, max(char - self._longest_mark, 0), char + self._longest_mark)
-        return any(match.start() < char < match.end() for match in near)
 
     def _marked(
         self, messages: list[Message], words: list[tuple[int, Span]], text: str, tools: list[dict[str, Any]] | None
@@ -428,37 +414,6 @@ class Renderer:
         behind = prompt.rpartition(PROBE[0]["content"])[2]
         closing = self._control.search(behind)
         return behind[closing.end() :] if closing and asked == prompt else ""
-
-    # Control tokens that a message only spells
-
-    def _mark(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None
-    ) -> tuple[list[Message], list[dict[str, Any]] | None, dict[str, str]]:
-        """The conversation with a character of private use in place of each control token that it spells.
-
-        The template passes it on as it would any letter; behind it, the letter becomes the words again.
-        """
-        found: set[str] = set()
-        for message in messages:
-            pattern = self._marks_unspoken if message["role"] == "assistant" else self._marks
-            for text in _strings(message):
-                if any(begin in text for begin in self._mark_begins):
-                    found.update(pattern.findall(text))
-        for text in _strings(tools):
-            found.update(self._marks.findall(text))
-        if not found:
-            return messages, tools, {}
-        taken = {char for text in _strings([messages, tools]) for char in text}
-        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in taken)
-        letters = dict(zip(sorted(found), free, strict=False))
-
-        def in_message(message: Message) -> Message:
-            pattern = self._marks_unspoken if message["role"] == "assistant" else self._marks
-            marked: Message = _mapped(message, lambda text: pattern.sub(lambda m: letters[m.group()], text))
-            return {**marked, "role": message["role"]}
-
-        marked_tools = _mapped(tools, lambda text: self._marks.sub(lambda m: letters[m.group()], text))
-        return [in_message(m) for m in messages], marked_tools, {letter: token for token, letter in letters.items()}
 
     # From texts to ids
 
@@ -600,28 +555,11 @@ def _parts(rendering: Rendering, encoded: Encoded, limit: int) -> tuple[int, ...
     return tuple(counts.values())
 
 
-def _unmarked(rendering: Rendering, letters: Mapping[str, str]) -> Rendering:
-    """The text with words in place of the letters that stood for them, and every span moved along."""
+def _shown(rendering: Rendering, letters: Letters) -> Rendering:
+    """The rendering with the control tokens that its messages spell back in place, and every span moved along."""
     if not letters:
         return rendering
-    pattern = re.compile("[" + "".join(letters) + "]")
-    pieces, starts, places = [], [], []
-    at = grown = 0
-    for match in pattern.finditer(rendering.text):
-        token = letters[match.group()]
-        pieces += [rendering.text[at : match.start()], token]
-        starts.append(match.end())
-        begin = match.start() + grown
-        places.append((begin, begin + len(token)))
-        grown += len(token) - 1
-        at = match.end()
-    text = "".join([*pieces, rendering.text[at:]])
-    sizes = [end - begin - 1 for begin, end in places]
-
-    def moved(span: Span) -> Span:
-        begin, end = (char + sum(s for start, s in zip(starts, sizes, strict=True) if start <= char) for char in span)
-        return begin, end
-
+    text, places, moved = show(rendering.text, letters)
     return replace(
         rendering,
         text=text,
@@ -629,8 +567,8 @@ def _unmarked(rendering: Rendering, letters: Mapping[str, str]) -> Rendering:
         turns=[(index, moved(span)) for index, span in rendering.turns],
         words=[(index, moved(span)) for index, span in rendering.words],
         as_text=places,
-        messages=_mapped(rendering.messages, lambda said: pattern.sub(lambda m: letters[m.group()], said)),
-        tools=_mapped(rendering.tools, lambda said: pattern.sub(lambda m: letters[m.group()], said)),
+        messages=show_all(rendering.messages, letters),
+        tools=show_all(rendering.tools, letters),
     )
 
 
@@ -665,27 +603,3 @@ def _without_system(messages: list[Message], prepend: bool) -> list[Message]:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a structure, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """The structure with every text changed, keys too."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_mapped(item, change) for item in value]
-    return value

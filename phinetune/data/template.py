@@ -34,7 +34,9 @@ class ChatTemplate:
     def of(cls, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, today: str | None = None) -> "ChatTemplate":
         """The template of a tokenizer; `today` is a date such as 2026-01-31, the day it is by default."""
         plain, with_tools = (_with_fixed_date(source, today) for source in template_sources(tokenizer))
-        return cls(plain, with_tools, {**tokenizer.special_tokens_map, **(kwargs or {})})
+        given = {**tokenizer.special_tokens_map, **(kwargs or {})}
+        # A template can't use what it doesn't name, and each variable costs time in every rendering.
+        return cls(plain, with_tools, {name: given[name] for name in given if name in plain + with_tools})
 
     def render(
         self,
