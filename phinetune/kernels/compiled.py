@@ -1,0 +1,67 @@
+"""Elementwise pieces compiled by torch's own compiler, so that a chain of them is one pass over memory.
+
+On a CPU a norm, an activation or a softmax written in plain torch is a handful of passes, each as long as memory takes,
+and together they cost as much as the matrix products.  What is decorated with `@compiled` stays a plain function of
+tensors, which is the reference: small tensors, other devices, and machines without a C++ compiler run it as it is.
+"""
+
+import functools
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+log = logging.getLogger(__name__)
+
+SMALLEST = 1 << 17  # elements of the first tensor: below it a pass takes less than the call of a compiled function
+LIMITS = {"recompile_limit": 64}  # one function serves models of many widths and dtypes in one process
+
+
+def compiled(function: Function) -> Function:
+    """Compiles a pure function of tensors, whose first argument is the largest, when it is first worth it.
+
+    Sizes are symbolic: another number of tokens compiles nothing.  `function.plain` is the function itself.
+    """
+
+    @functools.wraps(function)
+    def call(first: Tensor, *more: Any) -> Any:
+        if first.numel() < SMALLEST or first.device.type != "cpu" or not _can_compile() or torch.compiler.is_compiling():
+            return function(first, *more)
+        return _compile(function)(first, *more)
+
+    call.plain = function  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
+
+
+@functools.cache
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    made = torch.compile(function, dynamic=True, fullgraph=True)
+
+    def call(*given: Any) -> Any:
+        with torch._dynamo.config.patch(**LIMITS):
+            return made(*given)
+
+    return call
+
+
+@functools.cache
+def _can_compile() -> bool:
+    """Whether there is a C++ compiler that makes something; PHINETUNE_COMPILE=0 does without."""
+    if os.environ.get("PHINETUNE_COMPILE", "1") == "0":
+        return False
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        log.warning("no C++ compiler (g++, clang++): elementwise passes aren't fused, which makes training slower")
+        return False
+    try:
+        torch.compile(torch.neg, dynamic=True)(torch.ones(8))
+    except Exception as error:
+        first = str(error).strip().splitlines()
+        log.warning(f"torch.compile doesn't work here ({first[0] if first else type(error).__name__}): training is slower")
+        return False
+    return True
