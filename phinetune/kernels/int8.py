@@ -255,7 +255,7 @@ def _outlier_columns(a_TK: Tensor, in_scale_K: Tensor) -> Tensor:
     """The columns that stand out of their rows the most, in root mean square over some of the rows."""
     sample = a_TK[:: -(-a_TK.shape[0] // SAMPLE)].float() * in_scale_K
     sample = sample / sample.abs().mean(1, keepdim=True).clamp_min(TINY)
-    return sample.square_().sum(0).topk(min(OUTLIERS, a_TK.shape[1]), sorted=False).indices
+    return sample.square_().sum(0).topk(OUTLIERS, sorted=False).indices
 
 
 @compiled
