@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test test-slow bench-lora bench-data check format build clean
+.PHONY: install demo test test-slow bench bench-lora bench-data check format build clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# make bench SECTIONS='gate speed'   measures a part again; python benchmarks/cpu --help lists them
+bench: install .venv-trl/installed .venv-litgpt/installed
+	$(BIN)/python benchmarks/cpu $(SECTIONS)
+
 bench-lora: install
 	$(BIN)/python benchmarks/lora_linear.py --dtype float32
 	$(BIN)/python benchmarks/lora_linear.py --dtype bfloat16 --rounds 1
@@ -40,7 +44,15 @@ bench-data: install .venv-trl/installed
 .venv-trl/installed: .venv/installed
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) \
-		torch transformers datasets trl==1.16.0
+		torch transformers datasets peft trl==1.16.0 matplotlib==3.11.2
+	touch $@
+
+# LitGPT wants other versions than are pinned, of all but torch; it doesn't start without requests.
+.venv-litgpt/installed: .venv/installed
+	$(PYTHON) -m venv .venv-litgpt
+	grep '^torch=' constraints.txt > .venv-litgpt/constraints.txt
+	.venv-litgpt/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-litgpt/constraints.txt \
+		$(PIP_ARGS) torch litgpt==0.5.13 requests
 	touch $@
 
 check: install
@@ -57,4 +69,4 @@ build: install
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf .venv .venv-trl build dist runs
+	rm -rf .venv .venv-trl .venv-litgpt build dist runs

@@ -1,0 +1,224 @@
+"""Our training on a CPU against TRL + PEFT and LitGPT: `python benchmarks/cpu [SECTION …]`.
+
+    gate      fp32 loss and gradients against PEFT's, also behind 20 steps; nothing is timed where they differ
+    speed     rows a second and memory, in rounds with all contenders in turns
+    roofline  training's FLOP over the rate of the model's own products, in turns
+    cost      seconds a token from 128 to 4,096 tokens a row, with a plot
+    ablation  ours without one technique at a time, over ours
+    overlay   200 steps in bfloat16 beside PEFT's, and PEFT's spread over seeds (half an hour)
+    table     writes the figures into docs/benchmarks.md
+
+Every figure is of a process of its own.  A section's keys are merged into benchmarks/results/cpu.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import job_io
+import speed as speed_section
+import table as table_section
+from rows import ROOT, all_rows, draw_rows
+
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+PLOT = ROOT / "docs" / "images" / "cost_per_length.png"
+OURS, TRL = speed_section.OURS, speed_section.TRL
+TOLERANCE = 1e-5
+
+# What ours is without one of its techniques: settings of the child, and environment variables.
+ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "a row at a time": ({"pack_tokens": 1}, {}),
+    "nothing compiled": ({}, {"PHINETUNE_COMPILE": "0"}),
+}
+
+
+def base_job(asked: argparse.Namespace) -> dict[str, Any]:
+    """What all children are asked: model, adapter, optimiser, rows a step."""
+    from phinetune.model.smollm2 import smollm2_folder
+    from phinetune.recipe import DataConfig
+
+    default_pack = DataConfig(train="any").max_batch_tokens
+    return {
+        "model": str(smollm2_folder()), "dtype": "bfloat16", "r": 16, "lora_alpha": 32, "learning_rate": 2e-4,
+        "seed": 0, "rows_a_step": asked.rows_a_step, "batch_rows": 8,
+        "pack_tokens": asked.pack_tokens or default_pack, "warmup_steps": 1, "passes": asked.passes,
+    }  # fmt: skip
+
+
+def gate(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    compared = draw_rows(4, 1, seed=1).shuffled  # short and long
+    short = [row for row in all_rows()[0] if len(row) <= 160][: 4 * asked.gate_steps]
+    own = {"what": "gate", "dtype": "float32", "compared": compared, "rows": short, "rows_a_step": 4}
+    found = job_io.ask(OURS, "child_peft.py", {**job, **own})
+    result = {key: found[key] for key in ("loss_rel_err", "grad_rel_err")}
+    result["gate"] = {key: value for key, value in found.items() if key not in (*result, "versions", "gb")}
+    print(json.dumps(result), flush=True)
+    if max(result["loss_rel_err"], result["grad_rel_err"]) > TOLERANCE:
+        raise SystemExit(f"loss or gradients differ from PEFT's by more than {TOLERANCE:.0e}: nothing is timed")
+    return result
+
+
+def speed(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    rows = draw_rows(asked.rows, job["batch_rows"])
+    pilot = draw_rows(asked.pilot_rows, job["batch_rows"])
+    result = speed_section.measure(job, rows, pilot, asked.default_rows, asked.rounds, asked.peers)
+    lengths = sorted(map(len, rows.shuffled))
+    result["rows"] = {
+        "source": rows.source, "count": len(lengths), "tokens": sum(lengths), "longest": lengths[-1],
+        "median": statistics.median(lengths), "a_step": job["rows_a_step"],
+    }  # fmt: skip
+    return result
+
+
+def roofline(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    rows = draw_rows(asked.rows, job["batch_rows"]).shuffled
+    found = [job_io.ask(OURS, "child_ours.py", {**job, "what": "roofline", "rows": rows}) for _ in range(asked.rounds)]
+    shares = [run["roofline"] for run in found]
+    keys = ("rate_gflops", "achieved_gflops")
+    return {
+        "roofline": round(statistics.median(shares), 4),
+        "spread": {"roofline": [round(min(shares), 4), round(max(shares), 4)]},
+        "rates": {key: round(statistics.median(run[key] for run in found), 1) for key in keys},
+    }
+
+
+def cost(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    rows = draw_rows(asked.rows, job["batch_rows"]).shuffled
+    own = {"what": "cost", "rows": rows, "lengths": asked.lengths, "tokens_a_step": max(asked.lengths), "repeats": 3}
+    found = job_io.ask(OURS, "child_ours.py", {**job, **own})
+    by_length, linear = found["by_length"], found["linear_flop"]
+    first, last = by_length[str(asked.lengths[0])], by_length[str(asked.lengths[-1])]
+    result = {
+        "cost_growth": round(last["seconds_a_token"] / first["seconds_a_token"], 3),
+        "cost_growth_by_attention_flop": round(
+            (linear + last["attention_flop"]) / (linear + first["attention_flop"]), 3
+        ),
+        "cost_growth_with_torch_attention": round(
+            1 + (last["attention_alone"] - first["attention_alone"]) / first["seconds_a_token"], 3
+        ),
+        "cost_per_length": by_length,
+        "cost_linear_flop": linear,
+    }
+    PLOT.parent.mkdir(exist_ok=True)
+    job_io.ask(TRL, "child_plot.py", {"by_length": by_length, "linear_flop": linear, "to": str(PLOT)})
+    return result
+
+
+def ablation(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    """Speed and memory of ours without a technique, over ours, in turns."""
+    own = {**job, "what": "speed", "rows": draw_rows(asked.rows, job["batch_rows"]).shuffled, "passes": 1}
+    wanted = {name: what for name, what in ABLATIONS.items() if not asked.only or name in asked.only}
+    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted}
+    for _ in range(asked.rounds):
+        whole = speed_section.run("ours", lambda: job_io.ask(OURS, "child_ours.py", own))
+        for name, (settings, environment) in wanted.items():
+            less = {**own, **settings}
+            run = speed_section.run(name, lambda: job_io.ask(OURS, "child_ours.py", less, environment))  # noqa: B023
+            ratios[name].append((speed_section.rate(run) / speed_section.rate(whole), run["gb"] / whole["gb"]))
+    return {
+        "ablation": {
+            name: {
+                "speed": round(statistics.median(speed for speed, _ in pairs), 3),
+                "memory": round(statistics.median(memory for _, memory in pairs), 3),
+            }
+            for name, pairs in ratios.items()
+        }
+    }
+
+
+def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    """Mean distance of our losses to PEFT's from the same adapter, against PEFT's own from other adapters."""
+    rows = [row for row in all_rows()[0] if len(row) <= asked.overlay_longest][: 4 * asked.overlay_steps]
+    own = {**job, "what": "overlay", "rows": rows, "rows_a_step": 4}
+    losses: dict[str, list[float]] = {}
+    for trainer, seed in [("ours", 0), *(("peft", seed) for seed in range(asked.overlay_seeds))]:
+        run = job_io.ask(OURS, "child_peft.py", {**own, "trainer": trainer, "seed": seed})
+        losses[f"{trainer} {seed}"] = run["losses"]
+        print(f"{trainer} {seed}: {run['losses'][0]:.4f} -> {statistics.mean(run['losses'][-20:]):.4f}", flush=True)
+
+    def distance(one: str, other: str) -> float:
+        return statistics.mean(abs(a - b) for a, b in zip(losses[one], losses[other], strict=True))
+
+    seeds = [name for name in losses if name.startswith("peft")]
+    pairs = [distance(a, b) for i, a in enumerate(seeds) for b in seeds[:i]]
+    return {
+        "overlay_mean_abs": distance("ours 0", "peft 0"),
+        "overlay_peft_spread": statistics.mean(pairs) if pairs else None,
+        "overlay_steps": len(losses["ours 0"]),
+        "overlay_last_loss": {name: statistics.mean(values[-20:]) for name, values in losses.items()},
+    }
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any]]] = {
+    "gate": gate,
+    "speed": speed,
+    "roofline": roofline,
+    "cost": cost,
+    "ablation": ablation,
+    "overlay": overlay,
+}
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on, in words."""
+    facts: dict[str, Any] = {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    file = Path("/proc/cpuinfo")
+    if file.is_file():
+        lines = [line.partition(":") for line in file.read_text(encoding="utf-8").splitlines()]
+        about = {name.strip(): value.strip() for name, _, value in lines}
+        flags = set(about.get("flags", "").split())
+        facts["cpu"] = f"{about.get('model name')}, family {about.get('cpu family')}, model {about.get('model')}"
+        facts["instructions"] = sorted(
+            flags & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}
+        )
+        facts["gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    return facts
+
+
+def merge(found: dict[str, Any]) -> None:
+    """Adds a section's keys to cpu.json; what is a mapping there is added to, not replaced."""
+    held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    for key in ("spread", "versions"):
+        found[key] = {**held.get(key, {}), **found.get(key, {})}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**held, **found}, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", default=[], choices=[*SECTIONS, "table", []], metavar="SECTION")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=80)
+    parser.add_argument("--rows-a-step", type=int, default=16)
+    parser.add_argument("--passes", type=int, default=2, help="of ours over the rows, which takes less time for one")
+    parser.add_argument("--pilot-rows", type=int, default=32)
+    parser.add_argument("--default-rows", type=int, default=24, help="of TRL's defaults, which are slow")
+    parser.add_argument("--peers", nargs="+", help="variants to try, by name (such as 'TRL, packed'); all by default")
+    parser.add_argument("--pack-tokens", type=int, help="ours and TRL's packs; phinetune's default where not given")
+    parser.add_argument("--gate-steps", type=int, default=20)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--only", nargs="+", help="ablations by name")
+    parser.add_argument("--overlay-steps", type=int, default=200)
+    parser.add_argument("--overlay-seeds", type=int, default=3)
+    parser.add_argument("--overlay-longest", type=int, default=128, help="tokens of a row: PEFT takes minutes as it is")
+    asked = parser.parse_args()
+    names = asked.sections or list(SECTIONS)
+    job = base_job(asked)
+    if "speed" in names and "gate" not in names:
+        names = ["gate", *names]  # before any timing
+    for name in names:
+        if name != "table":
+            print(f"-- {name}", flush=True)
+            found = SECTIONS[name](job, asked)
+            found["versions"] = job_io.versions("phinetune", "torch", "transformers") | found.pop("peer_versions", {})
+            merge({**found, "machine": machine()})
+    table_section.write(RESULTS)
+
+
+if __name__ == "__main__":
+    main()

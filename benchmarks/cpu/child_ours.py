@@ -1,0 +1,184 @@
+"""Our training step, timed: rows a second, its share of the machine's product rate, its cost by length."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import job_io
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from phinetune.data import Example
+from phinetune.model import adapt_model, load_model
+from phinetune.recipe import ModelKwargs, PeftConfig, TrainingConfig
+from phinetune.train.loop import training_step
+from phinetune.train.optimiser import make_optimizer, trainable_parameters
+
+PROBED_LAYERS = 6  # of how many layers the products are timed: enough that no weight stays in a cache
+
+
+class Trainee:
+    """The adapted model with its optimiser, and one step of it."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        settings = ModelKwargs(dtype=job["dtype"], **job.get("model_kwargs", {}))
+        peft = PeftConfig(r=job["r"], lora_alpha=job["lora_alpha"], lora_dropout=0.0, target_modules="all-linear")
+        config = TrainingConfig(learning_rate=job["learning_rate"], optim="adamw_torch_fused")
+        self.job = job
+        self.model = load_model("smollm2", settings)
+        adapt_model(self.model, peft, job["seed"])
+        self.model.train()
+        self.optimizer = make_optimizer(self.model, config, peft)
+        self.pack_tokens = job["pack_tokens"]
+
+    def step(self, rows: Sequence[list[int]], number: int = 0) -> tuple[float, float]:
+        """(seconds, loss)"""
+        begin = time.perf_counter()
+        loss, _ = training_step(
+            self.model,
+            self.optimizer,
+            [Example(f"row {i}", ids, [True] * len(ids)) for i, ids in enumerate(rows)],
+            learning_rate=self.job["learning_rate"],
+            max_grad_norm=1.0,
+            max_batch_tokens=self.pack_tokens,
+            seed=(self.job["seed"], number),
+        )
+        return time.perf_counter() - begin, loss
+
+
+def steps_of(rows: list[list[int]], rows_a_step: int) -> Iterator[list[list[int]]]:
+    for start in range(0, len(rows), rows_a_step):
+        yield rows[start : start + rows_a_step]
+
+
+def speed(trainee: Trainee) -> dict[str, Any]:
+    job = trainee.job
+    rows, rows_a_step = job["rows"], job["rows_a_step"]
+    warmup = sum(trainee.step(rows[:rows_a_step])[0] for _ in range(job["warmup_steps"]))
+    ran = [
+        (*trainee.step(step, number), len(step))
+        for _ in range(job["passes"])
+        for number, step in enumerate(steps_of(rows, rows_a_step))
+    ]
+    return {
+        "seconds": sum(seconds for seconds, _, _ in ran),
+        "warmup_seconds": warmup,
+        "steps": len(ran),
+        "rows": len(rows) * job["passes"],
+        "tokens": sum(map(len, rows)) * job["passes"],
+        "loss": statistics.mean(loss for _, loss, _ in ran[: len(ran) // job["passes"]]),
+        "trainable": sum(p.numel() for p in trainable_parameters(trainee.model).values()),
+    }
+
+
+def roofline(trainee: Trainee) -> dict[str, Any]:
+    """Our step and the model's own products in turns: 4 × weights × tokens a second, over the products' rate."""
+    job = trainee.job
+    probe = Products(trainee.model, job["pack_tokens"])
+    rows, rows_a_step = job["rows"], job["rows_a_step"]
+    trainee.step(rows[:rows_a_step])
+    probe.rate()
+    seconds, tokens, rates = 0.0, 0, []
+    for number, step in enumerate(steps_of(rows, rows_a_step)):
+        rates.append(probe.rate())
+        seconds += trainee.step(step, number)[0]
+        tokens += sum(map(len, step))
+        rates.append(probe.rate())
+    rate = len(rates) / sum(1 / r for r in rates)  # of seconds, not of rates
+    return {
+        "weights": probe.weights,
+        "tokens": tokens,
+        "seconds": seconds,
+        "rate_gflops": rate / 1e9,
+        "rate_gflops_spread": [min(rates) / 1e9, max(rates) / 1e9],
+        "achieved_gflops": 4 * probe.weights * tokens / seconds / 1e9,
+        "roofline": 4 * probe.weights * tokens / seconds / rate,
+    }
+
+
+class Products:
+    """The forward product x Wᵀ and dX = dY W of the base's linears and the head at a number of tokens.
+
+    Each weight stands for all of its shape, so the mean is weighted by FLOP.
+    """
+
+    def __init__(self, model: Any, tokens: int) -> None:
+        linears: dict[tuple[int, ...], list[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and not parameter.requires_grad and "embed" not in name and "lm_head" not in name:
+                linears.setdefault(tuple(parameter.shape), []).append(parameter.detach())
+        head = model.get_output_embeddings().weight.detach()
+        shapes = [*linears.values(), [head]]
+        self.weights = sum(weight.numel() for same in shapes for weight in same)
+        self.flop = 4 * tokens * self.weights
+        self.timed = [(same[:: max(1, len(same) // PROBED_LAYERS)], len(same)) for same in shapes]
+        self.inputs = {n: torch.randn(tokens, n, dtype=head.dtype) for same in shapes for n in same[0].shape}
+
+    def rate(self) -> float:
+        """FLOP a second."""
+        total = 0.0
+        with torch.no_grad():
+            for some, count in self.timed:
+                begin = time.perf_counter()
+                for weight in some:
+                    F.linear(self.inputs[weight.shape[1]], weight)
+                    torch.mm(self.inputs[weight.shape[0]], weight)
+                total += (time.perf_counter() - begin) * count / len(some)
+        return self.flop / total
+
+
+def cost(trainee: Trainee) -> dict[str, Any]:
+    """Seconds a token of steps whose rows all have one length, and those of torch's own causal attention alone."""
+    job = trainee.job
+    ids = [i for row in job["rows"] for i in row]
+    found = {}
+    for length in job["lengths"]:
+        count = max(1, job["tokens_a_step"] // length)
+        need = count * length
+        line = (ids * (need // len(ids) + 1))[:need]
+        rows = [line[start : start + length] for start in range(0, need, length)]
+        trainee.pack_tokens = max(job["pack_tokens"], length)
+        trainee.step(rows)
+        seconds = [trainee.step(rows)[0] for _ in range(job["repeats"])]
+        found[str(length)] = {
+            "seconds_a_token": statistics.median(seconds) / need,
+            "attention_alone": attention_seconds(trainee.model.config, length, job["repeats"]) / length,
+            "attention_flop": attention_flop(trainee.model.config, length),
+        }
+    return {"by_length": found, "linear_flop": 4 * Products(trainee.model, 1).weights}
+
+
+def attention_flop(config: Any, length: int) -> float:
+    """A token's in all layers, forward and backward: six products over half the square."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 6.0 * length * config.num_attention_heads * width * config.num_hidden_layers
+
+
+def attention_seconds(config: Any, length: int, repeats: int) -> float:
+    """A row's causal attention in all layers, forward and backward, by torch."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    q, k, v = (torch.randn(1, n, length, width, dtype=torch.bfloat16, requires_grad=True) for n in shape.values())
+    dout = torch.randn_like(q)
+    seconds = []
+    for _ in range(repeats + 1):  # the first warms up
+        begin = time.perf_counter()
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out.backward(dout)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:]) * float(config.num_hidden_layers)
+
+
+def main() -> None:
+    job = job_io.read()
+    trainee = Trainee(job)
+    result = {"speed": speed, "roofline": roofline, "cost": cost}[job["what"]](trainee)
+    result["threads"] = torch.get_num_threads()
+    result["versions"] = job_io.versions("phinetune", "torch", "transformers")
+    job_io.answer(result)
+
+
+if __name__ == "__main__":
+    main()

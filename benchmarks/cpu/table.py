@@ -1,0 +1,123 @@
+"""The figures of cpu.json as tables in docs/benchmarks.md, between two markers, so that none is typed by hand."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rows import ROOT
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- figures of cpu.json: begin -->", "<!-- figures of cpu.json: end -->"
+
+# (key, what it is, form); a key that cpu.json hasn't yet is shown as a dash.
+FIGURES = [
+    ("vs_trl_tuned", "rows a second against TRL + PEFT, the fastest of its settings", "{:.2f} ×"),
+    ("vs_trl_best", "against TRL with small batches and another loss, the fastest found", "{:.2f} ×"),
+    ("vs_trl_default", "against TRL's defaults", "{:.2f} ×"),
+    ("vs_litgpt", "against LitGPT", "{:.2f} ×"),
+    ("roofline", "share of the rate of the model's own products", "{:.2f}"),
+    ("memory_vs_trl_tuned", "peak memory against TRL + PEFT, the fastest of its settings", "{:.2f} ×"),
+    ("memory_vs_trl_best", "peak memory against the fastest TRL found", "{:.2f} ×"),
+    ("loss_rel_err", "fp32 loss against PEFT's, relative", "{:.1e}"),
+    ("grad_rel_err", "fp32 adapter gradients against PEFT's, relative, the worst tensor", "{:.1e}"),
+    ("overlay_mean_abs", "bf16 losses of 200 steps, mean distance to PEFT's run", "{:.4f}"),
+    ("overlay_peft_spread", "the same between PEFT's own runs of three seeds", "{:.4f}"),
+    ("cost_growth", "cost a token at 4,096 tokens a row over that at 128", "{:.2f} ×"),
+    ("cost_growth_by_attention_flop", "the same by attention's FLOP", "{:.2f} ×"),
+    ("phi3_bf16_gb", "Phi-3-mini at full size, bf16, peak memory", "{:.1f} GB"),
+    ("phi3_int8_gb", "Phi-3-mini at full size, int8, peak memory", "{:.1f} GB"),
+    ("phi3_roofline", "Phi-3-mini, share of the bf16 rate", "{:.2f}"),
+    ("int8_speedup", "Phi-3-mini, int8 base against our bf16, a step", "{:.2f} ×"),
+    ("int8_loss_ratio", "held-out loss of an int8 tune over bf16's", "{:.4f}"),
+    ("prefix_speedup", "shared prefix of 768 tokens, against our own unshared batches", "{:.2f} ×"),
+    ("inside_trl_speedup", "our model inside SFTTrainer, against TRL's settings as above", "{:.2f} ×"),
+]
+
+
+def rows_of(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    header = list(header)
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def shown(form: str, value: float | None) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def render(found: dict[str, Any]) -> str:
+    """Markdown of everything that cpu.json holds."""
+    spread, against = found.get("spread", {}), found.get("against", {})
+    figures = []
+    for key, what, form in FIGURES:
+        low_high = " to ".join(shown(form, value) for value in spread[key]) if key in spread else ""
+        with_whom = f" ({against[key]})" if key in against else ""
+        figures.append([what + with_whom, f"`{key}`", shown(form, found.get(key)), low_high])
+    parts = rows_of(["figure", "key", "median", "least to most"], figures)
+
+    if "contenders" in found:
+        rows = found["rows"]
+        parts.append(
+            f"{rows['count']} rows of {rows['source']}, {rows['tokens']:,} tokens (median {rows['median']:.0f}, "
+            f"longest {rows['longest']}), {rows['a_step']} rows a step:\n"
+        )
+        parts += rows_of(
+            ["contender", "tokens/s", "least to most", "rows/s", "peak GB", "warm-up s"],
+            (
+                [
+                    name,
+                    f"{run['tokens_per_second']:.0f}",
+                    " to ".join(f"{value:.0f}" for value in run["tokens_per_second_spread"]),
+                    f"{run['rows_per_second']:.2f}",
+                    f"{run['gb']:.2f}",
+                    f"{run['warmup_seconds']:.1f}",
+                ]
+                for name, run in found["contenders"].items()
+            ),
+        )
+    if "pilot" in found:
+        parts.append("All that was tried of the peers, once and in short:\n")
+        parts += rows_of(
+            ["variant", "tokens/s", "peak GB"],
+            ([name, f"{run['tokens_per_second']:.0f}", f"{run['gb']:.2f}"] for name, run in found["pilot"].items()),
+        )
+    if "rates" in found:
+        rates = found["rates"]
+        parts.append(
+            f"The model's own products run at {rates['rate_gflops']:.0f} GFLOP/s, "
+            f"training at {rates['achieved_gflops']:.0f}.\n"
+        )
+    if "cost_per_length" in found:
+        parts += rows_of(
+            ["tokens a row", "ms a token", "torch's attention alone, ms a token"],
+            (
+                [f"{int(length):,}", f"{1e3 * at['seconds_a_token']:.3f}", f"{1e3 * at['attention_alone']:.3f}"]
+                for length, at in found["cost_per_length"].items()
+            ),
+        )
+        parts.append("![Cost a token by row length](images/cost_per_length.png)\n")
+    if "ablation" in found:
+        parts += rows_of(
+            ["ours without", "speed", "memory"],
+            ([name, f"{at['speed']:.2f} ×", f"{at['memory']:.2f} ×"] for name, at in found["ablation"].items()),
+        )
+    if "machine" in found:
+        about = found["machine"]
+        parts.append(
+            f"Machine: {about.get('cpu', 'unknown')}, {about['cores']} cores, {about.get('gb', '?')} GB, "
+            f"{', '.join(about.get('instructions', []))}. Python {about['python']}; "
+            + ", ".join(f"{name} {number}" for name, number in sorted(found.get("versions", {}).items()))
+            + ".\n"
+        )
+    return "\n".join(parts)
+
+
+def write(results: Path, page: Path = PAGE) -> None:
+    """Puts the tables between the page's markers."""
+    if not results.is_file():
+        return
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    assert found_end, f"{page.name} has both markers"
+    tables = render(json.loads(results.read_text(encoding="utf-8")))
+    page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
