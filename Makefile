@@ -47,7 +47,7 @@ bench-data: install .venv-trl/installed
 		torch transformers datasets peft trl==1.16.0 matplotlib==3.11.2
 	touch $@
 
-# LitGPT wants other versions than are pinned, of all but torch; it doesn't start without requests.
+# LitGPT wants other versions than are pinned, of all but torch; its command line doesn't start without requests.
 .venv-litgpt/installed: .venv/installed
 	$(PYTHON) -m venv .venv-litgpt
 	grep '^torch=' constraints.txt > .venv-litgpt/constraints.txt
