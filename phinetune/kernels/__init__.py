@@ -1,6 +1,6 @@
 """What makes it fast; each kernel stands beside a plain reference. Needs torch and nothing else."""
 
-from phinetune.kernels.attention import packed_attention
+from phinetune.kernels.attention import Path, packed_attention, separate
 from phinetune.kernels.loss import linear_cross_entropy_sum
 
-__all__ = ["linear_cross_entropy_sum", "packed_attention"]
+__all__ = ["Path", "linear_cross_entropy_sum", "packed_attention", "separate"]

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -59,7 +60,9 @@ def _can_compile() -> bool:
         log.warning("no C++ compiler (g++, clang++): elementwise passes aren't fused, which makes training slower")
         return False
     try:
-        torch.compile(torch.neg, dynamic=True)(torch.ones(8))
+        with warnings.catch_warnings():  # torch's compiler warns of torch's own deprecations while it is imported
+            warnings.simplefilter("ignore")
+            torch.compile(torch.neg, dynamic=True)(torch.ones(8))
     except Exception as error:
         first = str(error).strip().splitlines()
         log.warning(f"torch.compile doesn't work here ({first[0] if first else type(error).__name__}): training is slower")

@@ -25,11 +25,11 @@ PANEL_BYTES = 1_500_000
 SMALLEST_PANEL = 96  # rows: below it fp32 products lose their speed
 
 
-def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """a @ b (+ bias), (M, N), in a's dtype."""
+def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """a @ b (+ bias), (M, N), in a's dtype; written into `out` (some columns of a matrix, say) where one is given."""
     if not _needs_panels(a_MK):
-        return a_MK @ b_KN if bias_N is None else torch.addmm(bias_N, a_MK, b_KN)
-    y_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
+        return torch.mm(a_MK, b_KN, out=out) if bias_N is None else torch.addmm(bias_N, a_MK, b_KN, out=out)
+    y_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1]) if out is None else out
     for rows, columns, cell in _cells(a_MK, b_KN):
         y_MN[rows, columns] = cell if bias_N is None else cell + bias_N[columns]
     return y_MN

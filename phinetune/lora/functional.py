@@ -16,7 +16,8 @@ Shape suffixes: T tokens, K inputs, N outputs, R ranks of all blocks together, r
        [ A_v ]           [ B_v ]  n_v       y[:, q] += s · (x A_qᵀ) B_qᵀ;  y[:, v] += s · (x A_vᵀ) B_vᵀ
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phinetune.kernels.int8 import Int8Weight
+from phinetune.kernels.linear import input_gradient, linear
 from phinetune.kernels.products import add_product_, product
 
 
@@ -39,10 +42,10 @@ class Block(NamedTuple):
         """This block's B, (rows of `out`, r): a view."""
         return lora_B.flatten()[self.b].view(-1, self.a.stop - self.a.start)
 
-    def shifted(self, a: int, b: int, factor: float) -> "Block":
-        """The same product where A and B stand behind others, its scaling times `factor`."""
-        moved_a, moved_b = (slice(s.start + by, s.stop + by) for s, by in ((self.a, a), (self.b, b)))
-        return Block(self.out, moved_a, moved_b, self.scaling * factor)
+    def shifted(self, out: int, a: int, b: int, factor: float) -> "Block":
+        """The same product where its outputs, A and B stand behind others, its scaling times `factor`."""
+        moved = (slice(s.start + by, s.stop + by) for s, by in ((self.out, out), (self.a, a), (self.b, b)))
+        return Block(*moved, self.scaling * factor)
 
 
 class Factors(NamedTuple):
@@ -53,17 +56,54 @@ class Factors(NamedTuple):
     blocks: tuple[Block, ...]
 
 
+class Projection(NamedTuple):
+    """Linear layers that read one input, with their LoRA updates: their outputs lie side by side."""
+
+    weights: tuple[Tensor, ...]
+    """The frozen weights, (Nᵢ, K)."""
+    biases: tuple[Tensor | None, ...]
+    factors: Factors | None
+    dropout_p: float = 0.0
+
+    @property
+    def outputs(self) -> list[slice]:
+        """The columns of y that each weight makes."""
+        ends = list(itertools.accumulate(weight.shape[0] for weight in self.weights))
+        return [slice(end - weight.shape[0], end) for end, weight in zip(ends, self.weights, strict=True)]
+
+
 def stack(terms: Iterable[tuple[Factors, float]]) -> Factors:
     """Σ weight · update as one update: the As and Bs one behind the other. A single one costs no copy."""
-    terms = list(terms)
-    if len(terms) == 1 and terms[0][1] == 1:
+    return _stack([(factors, 0, weight) for factors, weight in terms])
+
+
+def side_by_side(projections: Sequence[Projection]) -> Projection:
+    """Several layers as one; they share the dropout mask of the one that drops most."""
+    if len(projections) == 1:
+        return projections[0]
+    terms, out = [], 0
+    for projection in projections:
+        if projection.factors is not None:
+            terms.append((projection.factors, out, 1.0))
+        out += sum(weight.shape[0] for weight in projection.weights)
+    return Projection(
+        tuple(weight for projection in projections for weight in projection.weights),
+        tuple(bias for projection in projections for bias in projection.biases),
+        _stack(terms) if terms else None,
+        max(projection.dropout_p for projection in projections),
+    )
+
+
+def _stack(terms: Sequence[tuple[Factors, int, float]]) -> Factors:
+    """Updates, each moved to the output where it begins and weighted."""
+    if len(terms) == 1 and terms[0][1:] == (0, 1):
         return terms[0][0]
     blocks: list[Block] = []
     a = b = 0
-    for (lora_A, lora_B, own), weight in terms:
-        blocks += [block.shifted(a, b, weight) for block in own]
+    for (lora_A, lora_B, own), out, weight in terms:
+        blocks += [block.shifted(out, a, b, weight) for block in own]
         a, b = a + lora_A.shape[0], b + lora_B.numel()
-    lora_As, lora_Bs = [f.lora_A for f, _ in terms], [f.lora_B.flatten() for f, _ in terms]
+    lora_As, lora_Bs = [f.lora_A for f, *_ in terms], [f.lora_B.flatten() for f, *_ in terms]
     return Factors(torch.cat(lora_As), torch.cat(lora_Bs), tuple(blocks))
 
 
@@ -91,7 +131,8 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)
-            return cast(Tensor, _LoRALinear.apply(x.to(dtype), weight.to(dtype), bias, *factors, dropout_p))
+            weight = weight if isinstance(weight, Int8Weight) else weight.to(dtype)
+            return cast(Tensor, _LoRALinear.apply(x.to(dtype), weight, bias, *factors, dropout_p))
     return cast(Tensor, _LoRALinear.apply(x, weight, bias, *factors, dropout_p))
 
 
@@ -115,6 +156,51 @@ def delta_weight(factors: Factors, out_features: int) -> Tensor:
     return delta_NK
 
 
+def draw_dropout(x_TK: Tensor, dropout_p: float) -> Tensor | None:
+    """Which elements of x stay, a byte each, from torch's own generator; None where all do."""
+    return torch.empty_like(x_TK, dtype=torch.bool).bernoulli_(1 - dropout_p) if dropout_p > 0 else None
+
+
+def add_low_rank_(
+    y_TN: Tensor, x_TK: Tensor, factors: Factors, keep_TK: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """y += s · (drop(x) Aᵀ) Bᵀ in place; returns the thin product drop(x) Aᵀ, (T, R), which the gradients need."""
+    A_RK, cast_B = factors.lora_A.to(x_TK.dtype), factors.lora_B.to(x_TK.dtype)
+    thin_TR = product(_dropped(x_TK, keep_TK, dropout_p), A_RK.T)
+    for block in factors.blocks:
+        add_product_(y_TN[:, block.out], thin_TR[:, block.a], block.read_B(cast_B).T, block.scaling)
+    return thin_TR
+
+
+def low_rank_backward(dy_TN: Tensor, thin_TR: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+    """(the gradient of the thin product, (T, R), and that of B in its dtype): what needs no x."""
+    cast_B = factors.lora_B.to(dy_TN.dtype)
+    dthin_TR, dB = torch.empty_like(thin_TR), torch.empty_like(cast_B)
+    for block in factors.blocks:
+        dy = dy_TN[:, block.out]
+        block.read_B(dB).copy_(product(dy.T, thin_TR[:, block.a]).mul_(block.scaling))
+        dthin_TR[:, block.a] = product(dy, block.read_B(cast_B)).mul_(block.scaling)
+    return dthin_TR, dB.to(factors.lora_B.dtype)
+
+
+def gradient_of_A(
+    dthin_TR: Tensor, x_TK: Tensor, factors: Factors, keep_TK: Tensor | None, dropout_p: float
+) -> Tensor:
+    """(R, K), in A's dtype."""
+    return product(dthin_TR.T, _dropped(x_TK, keep_TK, dropout_p)).to(factors.lora_A.dtype)
+
+
+def add_low_rank_input_gradient_(
+    dx_TK: Tensor, dthin_TR: Tensor, factors: Factors, keep_TK: Tensor | None, dropout_p: float
+) -> Tensor:
+    """dx += the gradient that comes through A, in place."""
+    A_RK = factors.lora_A.to(dx_TK.dtype)
+    if keep_TK is None:
+        return add_product_(dx_TK, dthin_TR, A_RK)
+    dx_TK += _dropped(product(dthin_TR, A_RK), keep_TK, dropout_p)
+    return dx_TK
+
+
 class _LoRALinear(torch.autograd.Function):
     """Saves x, the thin product x Aᵀ and, under dropout, one byte an element, beside the weights themselves.
 
@@ -134,14 +220,9 @@ class _LoRALinear(torch.autograd.Function):
         dropout_p: float,
     ) -> Tensor:
         x_TK = x.reshape(-1, x.shape[-1])
-        A_RK, cast_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        keep_TK = torch.empty_like(x_TK, dtype=torch.bool).bernoulli_(1 - dropout_p) if dropout_p > 0 else None
-        thin_TR = product(_dropped(x_TK, keep_TK, dropout_p), A_RK.T)
-
-        y_TN = product(x_TK, weight.T, bias)
-        for block in blocks:
-            add_product_(y_TN[:, block.out], thin_TR[:, block.a], block.read_B(cast_B).T, block.scaling)
-
+        keep_TK = draw_dropout(x_TK, dropout_p)
+        y_TN = linear(x_TK, weight, bias)
+        thin_TR = add_low_rank_(y_TN, x_TK, Factors(lora_A, lora_B, blocks), keep_TK, dropout_p)
         ctx.save_for_backward(x, weight, lora_A, lora_B, thin_TR, keep_TK)
         ctx.blocks, ctx.dropout_p, ctx.has_bias = blocks, dropout_p, bias is not None
         return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
@@ -152,33 +233,21 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, thin_TR, keep_TK = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         x_TK, dy_TN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        A_RK, cast_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-
-        dx_TK = dweight = dA_RK = dB = None
-        if need_B:
-            dB = cast_B.new_empty(cast_B.shape)
-            for block in ctx.blocks:
-                block.read_B(dB).copy_(product(dy_TN[:, block.out].T, thin_TR[:, block.a]).mul_(block.scaling))
-        if need_A or need_x:
-            dthin_TR = torch.empty_like(thin_TR)
-            for block in ctx.blocks:
-                dthin_TR[:, block.a] = product(dy_TN[:, block.out], block.read_B(cast_B)).mul_(block.scaling)
+        factors = Factors(lora_A, lora_B, ctx.blocks)
+        dx_TK = dA = dB = None
+        if need_x or need_A or need_B:
+            dthin_TR, dB = low_rank_backward(dy_TN, thin_TR, factors)
         if need_A:
-            dA_RK = product(dthin_TR.T, _dropped(x_TK, keep_TK, ctx.dropout_p))
+            dA = gradient_of_A(dthin_TR, x_TK, factors, keep_TK, ctx.dropout_p)
         if need_x:
-            dx_TK = product(dy_TN, weight)
-            if keep_TK is None:
-                add_product_(dx_TK, dthin_TR, A_RK)
-            else:
-                dx_TK += _dropped(product(dthin_TR, A_RK), keep_TK, ctx.dropout_p)
-        if need_weight:
-            dweight = product(dy_TN.T, x_TK)
+            dx_TK = input_gradient(dy_TN, weight)
+            add_low_rank_input_gradient_(dx_TK, dthin_TR, factors, keep_TK, ctx.dropout_p)
         return (
             None if dx_TK is None else dx_TK.view_as(x),
-            dweight,
+            product(dy_TN.T, x_TK) if need_weight else None,
             dy_TN.sum(0) if ctx.has_bias and need_bias else None,
-            None if dA_RK is None else dA_RK.to(lora_A.dtype),
-            None if dB is None else dB.to(lora_B.dtype),
+            dA,
+            dB if need_B else None,
             None,
             None,
         )

@@ -492,6 +492,13 @@ def _be_called(module: nn.Module, args: Any) -> None:
     them."""
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody else sees a module's calls, by hooks or a forward of its own: they can't be passed by then."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return any(hook is not _be_called for hook in hooks) or "forward" in module.__dict__
+
+
 def _remove_hook(module: nn.Module) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
         if hook is _be_called:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phinetune.lora.functional import Block, Factors, delta_weight, lora_linear, low_rank, stack
-from phinetune.lora.layer import DEFAULT, Adapter, LoRALayer, Product, full_precision
+from phinetune.lora.functional import Block, Factors, Projection, delta_weight, lora_linear, low_rank, stack
+from phinetune.lora.layer import DEFAULT, NO_ADAPTERS, Adapter, LoRALayer, Product, full_precision
 
 
 class Linear(LoRALayer, nn.Linear):
@@ -162,11 +162,19 @@ class Linear(LoRALayer, nn.Linear):
 
     def _adapted(self, input: Tensor) -> Tensor:
         """In one autograd function; several adapters share the dropout mask of the one that drops most."""
-        active = self.active_adapters
-        if any(self.adapters[name].use_dora for name in active):
+        if any(self.adapters[name].use_dora for name in self.active_adapters):
             return super()._adapted(input)
-        factors = stack([(self.factors(name), weight) for name, weight in active.items()])
-        return lora_linear(input, self._base_weight, self._cast_bias(), factors, max(map(self._dropout_p, active)))
+        (weight,), (bias,), factors, dropout_p = self.projection()
+        assert factors is not None
+        return lora_linear(input, weight, bias, factors, dropout_p)
+
+    def projection(self) -> Projection:
+        """What the layer computes, as its weights and factors; DoRA, which isn't a sum of products, has none."""
+        active = self.active_adapters if self.lora_enabled else NO_ADAPTERS
+        factors = stack([(self.factors(name), weight) for name, weight in active.items()]) if active else None
+        return Projection(
+            (self._base_weight,), (self._cast_bias(),), factors, max([0.0, *map(self._dropout_p, active)])
+        )
 
     def _update(self, input: Tensor, adapter_name: str) -> Tensor:
         return low_rank(input, self.factors(adapter_name), self.out_features, self._dropout_p(adapter_name))

@@ -1,10 +1,10 @@
 """phinetune's packed attention under transformers' public `AttentionInterface`: `attn_implementation="phinetune"`.
 
-A flat batch passes `bounds=[0, …, T]` through the model's keyword arguments.  Without them (generation, with
-a cache or padding) the call goes to transformers' own sdpa, and so does the mask: a model that would lose the
-bounds on the way still gets a right answer.
+A flat batch passes `paths` (phinetune.kernels.attention) through the model's keyword arguments.  Without them (generation,
+with a cache or padding) the call goes to transformers' own sdpa.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from phinetune.kernels import packed_attention
+from phinetune.kernels import Path, packed_attention
 
 NAME = "phinetune"
 
@@ -31,14 +31,14 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    bounds: list[int] | None = None,
+    paths: Sequence[Path] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, T, D), key and value (B, K, T, D) -> (B, T, H, D), as transformers' attention functions."""
-    if bounds is None:
+    if paths is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
-    assert query.shape[0] == 1 and bounds[-1] == key.shape[2], "a flat batch is one line, without a cache"
+    assert query.shape[0] == 1 and paths[-1][-1][1] == key.shape[2], "a flat batch is one line, without a cache"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out_HTD = packed_attention(query[0], key[0], value[0], bounds, scaling, sliding_window)
-    return out_HTD.transpose(0, 1)[None], None
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return packed_attention(q_THD, k_TKD, v_TKD, paths, scaling, sliding_window)[None], None

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phinetune.data import Example, FlatBatch, lay_out
+from phinetune.data import Example, FlatBatch, flatten, lay_out
 from phinetune.kernels import linear_cross_entropy_sum
 from phinetune.model.attention import NAME as PACKED
 
@@ -32,21 +32,28 @@ def long_rope_boundary(config: Any) -> int | None:
 
 def flat_batches(model: Any, examples: Sequence[Example], max_tokens: int) -> list[FlatBatch]:
     """The rows in flat batches as the model can take them: a row each where it can't take several."""
-    return lay_out(examples, max_tokens if takes_flat_batches(model) else 1, long_rope_boundary(model.config))
+    if not takes_flat_batches(model):
+        return [flatten([example]) for example in examples]
+    return lay_out(examples, max_tokens, long_rope_boundary(model.config))
 
 
 def loss_sum(model: Any, batch: FlatBatch) -> Tensor:
     """Σ cross-entropy over the batch's supervised tokens: an fp32 scalar."""
     if not takes_flat_batches(model):
         logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.predict).logits[0]
-        return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+        return _cross_entropy_sum(logits, batch)
     hidden_TD = model.model(
-        input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False, bounds=batch.bounds
+        input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False, paths=batch.paths
     ).last_hidden_state[0]
-    head, hidden_ND = model.lm_head, hidden_TD[batch.predict]
+    head, hidden_ND = model.lm_head, hidden_TD.index_select(0, batch.predict)
     if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return linear_cross_entropy_sum(hidden_ND, head.weight, batch.targets)
-    return F.cross_entropy(head(hidden_ND).float(), batch.targets, reduction="sum")
+        return linear_cross_entropy_sum(hidden_ND, head.weight, batch.targets, batch.counts)
+    return _cross_entropy_sum(head(hidden_ND), batch)
+
+
+def _cross_entropy_sum(logits_NV: Tensor, batch: FlatBatch) -> Tensor:
+    losses_N = F.cross_entropy(logits_NV.float(), batch.targets, reduction="none")
+    return (losses_N if batch.counts is None else losses_N * batch.counts).sum()
 
 
 def fused_parts(config: Any) -> dict[str, dict[str, int]]:

@@ -47,6 +47,8 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+    from phinetune.model import fast
+
     attention.register()
     device = device or torch.device("cpu")
     options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(kwargs.dtype, device, warn=False))}
@@ -60,6 +62,8 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
         options["attn_implementation"] = implementation
     loaded = _from_pretrained(AutoModelForCausalLM.from_pretrained, model, kwargs, **options)
     loaded.config.use_cache = kwargs.use_cache
+    if implementation == attention.NAME:
+        fast.install(loaded)
     return loaded.requires_grad_(False).eval().to(device)
 
 

@@ -1,0 +1,166 @@
+"""Decoder layers that run flat batches by phinetune's kernels, in the place of transformers' own.
+
+    hidden states -> norm, q k v -> rotary, attention -> o, + residual -> norm, gate up, down, + residual
+
+They are subclasses of transformers' layers and hold the same modules, so state dicts, hooks on a layer, generation and
+everything that isn't a flat batch stay what they were: those go to the layer's own forward pass, which is also the
+reference.  `install` puts them in.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from phinetune.kernels import Path
+from phinetune.kernels.attention import rotary_attention
+from phinetune.lora.functional import Projection, side_by_side
+from phinetune.lora.fused import linear_add, norm_gated_mlp, norm_linears
+from phinetune.model.projection import projection_of
+
+
+class Parts(NamedTuple):
+    """The linear layers of a decoder layer, as they are at this moment."""
+
+    qkv: Projection
+    o: Projection
+    gate_up: Projection
+    down: Projection
+
+
+class FastLayer(nn.Module):
+    """What a decoder layer does with a flat batch; beside it in the classes below stands transformers' layer."""
+
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        paths: Sequence[Path] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(1, T, D) -> (1, T, D) where `paths` say who sees whom (phinetune.kernels.attention); else as transformers'."""
+        parts = None
+        if paths is not None and position_embeddings is not None and past_key_values is None:
+            parts = self._parts(hidden_states)
+        if parts is None or position_embeddings is None or paths is None:
+            output: Tensor = super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **({} if paths is None else {"paths": paths}),
+                **kwargs,
+            )
+            return output
+        attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
+        (first_norm, first_eps), (second_norm, second_eps) = ((norm.weight, norm.variance_epsilon) for norm in norms)
+        cos_TR, sin_TR = (angle[0] for angle in position_embeddings)
+        x_TD = hidden_states[0]
+        qkv_TN = norm_linears(x_TD, first_norm, first_eps, parts.qkv)
+        attended_TN = rotary_attention(
+            qkv_TN,
+            cos_TR,
+            sin_TR,
+            attention.config.num_key_value_heads,
+            paths,
+            attention.scaling,
+            getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+            attention.head_dim,
+        )
+        x_TD = linear_add(attended_TN, x_TD, parts.o)
+        return norm_gated_mlp(x_TD, second_norm, second_eps, parts.gate_up, parts.down)[None]
+
+    def _parts(self, hidden_states: Tensor) -> Parts | None:
+        """The layer's linear layers; None if one does more than a product and a low-rank update, or something trains
+        that the fast path gives no gradient."""
+        attention, mlp = self.self_attn, self.mlp
+        config = attention.config
+        if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", 0):
+            return None
+        if self.training and getattr(config, "resid_pdrop", 0):
+            return None
+        norms = (self.input_layernorm.weight, self.post_attention_layernorm.weight)
+        if any(weight.requires_grad or weight.dtype != hidden_states.dtype for weight in norms):
+            return None
+        if hasattr(attention, "qkv_proj"):
+            groups = ([attention.qkv_proj], [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj])
+        else:
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+            groups = (qkv, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
+        parts = []
+        for modules in groups:
+            projections = [projection_of(module, hidden_states) for module in modules]
+            if any(projection is None for projection in projections):
+                return None
+            parts.append(side_by_side([projection for projection in projections if projection is not None]))
+        return Parts(*parts)
+
+
+class FastLlamaDecoderLayer(FastLayer, LlamaDecoderLayer):
+    pass
+
+
+class FastMistralDecoderLayer(FastLayer, MistralDecoderLayer):
+    pass
+
+
+class FastPhi3DecoderLayer(FastLayer, Phi3DecoderLayer):
+    pass
+
+
+class FastQwen2DecoderLayer(FastLayer, Qwen2DecoderLayer):
+    pass
+
+
+FAST_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    LlamaDecoderLayer: FastLlamaDecoderLayer,
+    MistralDecoderLayer: FastMistralDecoderLayer,
+    Phi3DecoderLayer: FastPhi3DecoderLayer,
+    Qwen2DecoderLayer: FastQwen2DecoderLayer,
+}
+
+
+def install(model: nn.Module) -> int:
+    """Puts fast layers in the place of those that have one, wherever they are in a model; returns how many."""
+    installed = 0
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            fast = FAST_LAYERS.get(type(child))
+            if fast is not None:
+                setattr(parent, name, from_base(fast, child))
+                installed += 1
+    return installed
+
+
+def from_base(fast: type[nn.Module], layer: nn.Module) -> nn.Module:
+    """A layer of another class with the same modules, hooks and settings; nothing is copied."""
+    taken = fast.__new__(fast)
+    taken.__dict__ = dict(layer.__dict__)
+    return taken
+
+
+def uninstall(model: nn.Module) -> None:
+    """transformers' own layers again."""
+    plain = {fast: base for base, fast in FAST_LAYERS.items()}
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) in plain:
+                setattr(parent, name, from_base(plain[type(child)], child))
+
+

@@ -1,0 +1,56 @@
+"""What a linear module computes, as weights and low-rank factors: plain layers, phinetune's, PEFT's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phinetune.lora.functional import Block, Factors, Projection, stack
+from phinetune.lora.layer import is_wrapped
+from phinetune.lora.linear import Linear, MergedLinear
+
+
+def projection_of(module: nn.Module, x: Tensor) -> Projection | None:
+    """What a module does with an input like `x`; None if it isn't a frozen product with LoRA updates in x's dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    if type(module) is nn.Linear:
+        projection: Projection | None = Projection((module.weight,), (module.bias,), None)
+    elif type(module) in (Linear, MergedLinear):
+        projection = _of_ours(module)
+    elif hasattr(module, "base_layer") and hasattr(module, "lora_variant"):
+        projection = _of_pefts(module)
+    else:
+        return None
+    if projection is None or is_wrapped(module):
+        return None
+    tensors = [*projection.weights, *(bias for bias in projection.biases if bias is not None)]
+    if any(tensor.requires_grad or tensor.dtype != x.dtype for tensor in tensors):
+        return None
+    return projection
+
+
+def _of_ours(layer: Any) -> Projection | None:
+    if any(adapter.use_dora for adapter in layer.adapters.values()) or (layer.merged and not torch.is_grad_enabled()):
+        return None
+    projection: Projection = layer.projection()
+    return projection
+
+
+def _of_pefts(layer: Any) -> Projection | None:
+    """`peft.tuners.lora.Linear` (PEFT 0.21): y = base(x) + Σ scaling · B(A(dropout(x))) over its active adapters."""
+    base = layer.base_layer
+    if type(base) is not nn.Linear or is_wrapped(base) or layer.merged or layer.lora_variant:
+        return None
+    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    terms, dropout_p = [], 0.0
+    for name in names:
+        lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if type(lora_A) is not nn.Linear or lora_B.bias is not None or not isinstance(dropout, nn.Dropout | nn.Identity):
+            return None
+        r = lora_A.weight.shape[0]
+        block = Block(slice(0, base.out_features), slice(0, r), slice(0, lora_B.weight.numel()), layer.scaling[name])
+        terms.append((Factors(lora_A.weight, lora_B.weight, (block,)), 1.0))
+        if isinstance(dropout, nn.Dropout) and layer.training:
+            dropout_p = max(dropout_p, dropout.p)
+    return Projection((base.weight,), (base.bias,), stack(terms) if terms else None, dropout_p)
