@@ -20,7 +20,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
 
 SMALLEST = 1 << 17  # elements of the first tensor: below it a pass takes less than the call of a compiled function
-LIMITS = {"recompile_limit": 64}  # one function serves models of many widths and dtypes in one process
+MOST_VERSIONS = 64  # of one function in one process: for dtypes, and for sizes that can't be symbolic (1, say)
 
 
 def compiled(function: Function) -> Function:
@@ -41,13 +41,9 @@ def compiled(function: Function) -> Function:
 
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    made = torch.compile(function, dynamic=True, fullgraph=True)
-
-    def call(*given: Any) -> Any:
-        with torch._dynamo.config.patch(**LIMITS):
-            return made(*given)
-
-    return call
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_VERSIONS)
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 @functools.cache

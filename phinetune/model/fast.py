@@ -20,7 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
 from phinetune.lora.functional import Projection, side_by_side
-from phinetune.lora.fused import linear_add, norm_gated_mlp, norm_linears
+from phinetune.lora.decoder import linear_add, norm_gated_mlp, norm_linears
 from phinetune.model.projection import projection_of
 
 
