@@ -26,16 +26,17 @@ MOST_VERSIONS = 64  # of one function in one process: for dtypes, and for sizes 
 def compiled(function: Function) -> Function:
     """Compiles a pure function of tensors, whose first argument is the largest, when it is first worth it.
 
-    Sizes are symbolic: another number of tokens compiles nothing.  `function.plain` is the function itself.
+    Sizes are symbolic: another number of tokens compiles nothing.  What is compiled has no gradient, so it is for the
+    inside of autograd functions: where gradients are recorded the function runs as it is.
     """
 
     @functools.wraps(function)
     def call(first: Tensor, *more: Any) -> Any:
-        if first.numel() < SMALLEST or first.device.type != "cpu" or not _can_compile() or torch.compiler.is_compiling():
+        small = first.numel() < SMALLEST or first.device.type != "cpu"
+        if small or torch.is_grad_enabled() or not _can_compile() or torch.compiler.is_compiling():
             return function(first, *more)
-        return _compile(function)(first, *more)
+        return _compile(function)(*(a.detach() if isinstance(a, Tensor) else a for a in (first, *more)))
 
-    call.plain = function  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 

@@ -37,7 +37,7 @@ def recipe(tmp_path, tiny_llama_folder, chats):
         f"""
 model: {tiny_llama_folder}
 model_kwargs: {{dtype: float32}}
-data: {{train: {chats}, eval: 0.1, max_batch_tokens: 128}}
+data: {{train: {chats}, eval: 0.1, max_batch_tokens: 96}}
 training_config:
   output_dir: {tmp_path / "run"}
   per_device_train_batch_size: 4
