@@ -6,7 +6,7 @@ from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phinetune.kernels import attention, compiled, packed_attention, separate
+from phinetune.kernels import attention, compiled, packed_attention, packs, separate
 
 
 def brute_force(q, k, v, paths, scaling, window):
@@ -72,12 +72,14 @@ TREE = [[(0, 40)], [(0, 40), (40, 75)], [(0, 40), (40, 75), (75, 90)], [(0, 40),
 @pytest.mark.parametrize("paths", [separate([0, 33, 39, 115, 116]), TREE], ids=["separate", "tree"])
 def test_blocks_of_queries(monkeypatch, paths, window, compile_all):
     """Small blocks, some of which keep their weights and some don't; compiled too."""
-    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 4)
-    monkeypatch.setattr(attention, "LARGEST_BLOCK", 8)
-    monkeypatch.setattr(attention, "KEPT_CONTEXT", 20)
+    packs._pack.cache_clear()
+    monkeypatch.setattr(packs, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(packs, "LARGEST_BLOCK", 8)
+    monkeypatch.setattr(attention, "KEPT_KEYS", 20)
     if compile_all:
         monkeypatch.setattr(compiled, "SMALLEST", 1)
     check(paths, 4, 2, window)
+    packs._pack.cache_clear()
 
 
 @pytest.mark.parametrize("window", [None, 7])
