@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from phinetune.kernels.int8 import Int8Weight
 from phinetune.lora.functional import Block
 
 DEFAULT = "default"
@@ -356,7 +357,8 @@ class LoRALayer(nn.Module):
     def merge_weight(self) -> Tensor:
         """W + Σ weight · ΔW of the active adapters, summed in fp32, rounded once, in the layout of `_base_weight`."""
         base = self._weight_to_merge()
-        total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        precise = torch.promote_types(base.dtype, torch.float32)
+        total = base.dequantise(precise) if isinstance(base, Int8Weight) else base.to(precise, copy=True)
         for name, weight in self.active_adapters.items():
             delta = self.delta_weight(name)
             if self.adapters[name].use_dora:

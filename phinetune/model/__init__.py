@@ -3,9 +3,11 @@
 from phinetune.model.adapted import adapt_model
 from phinetune.model.family import flat_batches, fused_parts, long_rope_boundary, loss_sum, takes_flat_batches
 from phinetune.model.load import load_model, load_tokenizer, pick_device, resolve_dtype, revision_of
+from phinetune.model.quantise import dequantise_layers, quantised_layers
 
 __all__ = [
     "adapt_model",
+    "dequantise_layers",
     "flat_batches",
     "fused_parts",
     "load_model",
@@ -13,6 +15,7 @@ __all__ = [
     "long_rope_boundary",
     "loss_sum",
     "pick_device",
+    "quantised_layers",
     "resolve_dtype",
     "revision_of",
     "takes_flat_batches",

@@ -13,6 +13,7 @@ from phinetune.errors import ModelError
 from phinetune.hub import hub_answers
 from phinetune.model import attention, smollm2
 from phinetune.model.family import FLAT_FAMILIES
+from phinetune.model.quantise import quantise_layers, sample_ids
 from phinetune.recipe import ModelKwargs
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     """The base model in evaluation mode, frozen, on `device` (CPU by default).
 
     Raises:
-        ModelError: if it can't be had or can't be read.
+        ModelError: if it can't be had or can't be read, or isn't to be had in 8 bits on this device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
@@ -51,6 +52,9 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
 
     attention.register()
     device = device or torch.device("cpu")
+    if kwargs.load_in_8bit and device.type != "cpu":
+        what = "means bitsandbytes' 8-bit on a GPU, which isn't supported yet"
+        raise ModelError("model_kwargs.load_in_8bit", what, "leave it out, or set training_config.use_cpu")
     options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(kwargs.dtype, device, warn=False))}
     if model.endswith(".gguf"):
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -64,7 +68,20 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     loaded.config.use_cache = kwargs.use_cache
     if implementation == attention.NAME:
         fast.install(loaded)
-    return loaded.requires_grad_(False).eval().to(device)
+    loaded.requires_grad_(False).eval()
+    if kwargs.load_in_8bit:
+        quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.vocab_size))
+    return loaded.to(device)
+
+
+def _any_tokenizer(model: str, kwargs: ModelKwargs) -> Any | None:
+    """The model's tokenizer, if it has one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return _from_pretrained(AutoTokenizer.from_pretrained, model, kwargs)
+    except ModelError:
+        return None
 
 
 def resolve_dtype(name: str, device: torch.device, warn: bool = True) -> str:

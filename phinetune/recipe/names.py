@@ -186,7 +186,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "is not supported yet",
     ),
     "model_kwargs": dict.fromkeys(
-        ["load_in_4bit", "load_in_8bit", "quantization_config", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"]
+        ["load_in_4bit", "quantization_config", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"]
         + ["bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"],
         "is not supported yet",
     ),

@@ -23,6 +23,7 @@ from phinetune.model import (
     load_model,
     load_tokenizer,
     pick_device,
+    quantised_layers,
     resolve_dtype,
     revision_of,
     takes_flat_batches,
@@ -265,6 +266,13 @@ def _announce(loop: Loop, data: Prepared) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = loop.recipe.model_kwargs.dtype
     log.info(f"model: {loop.base.model} in {dtype}, {layers} layers adapted, {trained:,} trainable parameters")
+    if loop.recipe.model_kwargs.load_in_8bit:
+        quantised = quantised_layers(model)
+        log.info(
+            f"load_in_8bit on a CPU is phinetune's own int8: {len(quantised.int8)} of "
+            f"{len(quantised.int8) + len(quantised.plain)} linear layers in int8, {quantised.nbytes / 1e9:.2f} GB"
+            + (f"; in {dtype} stay {', '.join(quantised.plain)}" if quantised.plain else "")
+        )
     if loop.recipe.training_config.save_total_limit == 1:
         log.info("save_total_limit=1: the two newest checkpoints are kept, so that a damaged one has one behind it")
     if not takes_flat_batches(model):
