@@ -62,6 +62,8 @@ def _can_compile() -> bool:
             torch.compile(torch.neg, dynamic=True)(torch.ones(8))
     except Exception as error:
         first = str(error).strip().splitlines()
-        log.warning(f"torch.compile doesn't work here ({first[0] if first else type(error).__name__}): training is slower")
+        log.warning(
+            f"torch.compile doesn't work here ({first[0] if first else type(error).__name__}): training is slower"
+        )
         return False
     return True

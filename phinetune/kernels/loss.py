@@ -47,9 +47,7 @@ def linear_cross_entropy_sum_reference(
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None) -> Tensor:
         dhidden_ND = torch.empty_like(hidden_ND)
         loss = _sum_over_chunks(hidden_ND, weight_VD, targets_N, weights_N, dhidden_ND)
         ctx.save_for_backward(dhidden_ND)
@@ -79,10 +77,10 @@ def _sum_over_chunks(
         log_p_C1 = logits_CV.gather(1, targets_C1).to(lse_C1.dtype) - lse_C1
         total -= log_p_C1.sum() if weights_C1 is None else (log_p_C1 * weights_C1).sum()
         if dhidden_ND is not None:
-            _softmax_(logits_CV, lse_C1)
-            logits_CV.scatter_(1, targets_C1, torch.expm1(log_p_C1).to(logits_CV.dtype))  # minus one-hot
-            if weights_C1 is not None:
-                logits_CV *= weights_C1.to(logits_CV.dtype)
+            times_C1 = torch.ones_like(lse_C1) if weights_C1 is None else weights_C1.to(lse_C1.dtype)
+            _softmax_(logits_CV, lse_C1, times_C1)
+            at_targets_C = (torch.expm1(log_p_C1) * times_C1)[:, 0].to(logits_CV.dtype)  # p − 1, not rounded before
+            logits_CV[torch.arange(len(logits_CV), device=logits_CV.device), targets_C1[:, 0]] = at_targets_C
             dhidden_ND[rows] = input_gradient(logits_CV, weight_VD)
     return total
 
@@ -96,6 +94,6 @@ def _log_sum_exp(logits_CV: Tensor) -> Tensor:
 
 
 @compiled
-def _softmax_(logits_CV: Tensor, lse_C1: Tensor) -> None:
-    """In place, by the log-sum-exp."""
-    logits_CV.copy_((logits_CV.to(lse_C1.dtype) - lse_C1).exp())
+def _softmax_(logits_CV: Tensor, lse_C1: Tensor, times_C1: Tensor) -> None:
+    """times · softmax in place, by the log-sum-exp."""
+    logits_CV.copy_((logits_CV.to(lse_C1.dtype) - lse_C1).exp() * times_C1)

@@ -120,9 +120,7 @@ class _NormLinears(torch.autograd.Function):
 
 class _LinearAdd(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, layer: Projection, x_TK: Tensor, residual_TN: Tensor, *trained: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, layer: Projection, x_TK: Tensor, residual_TN: Tensor, *trained: Tensor | None) -> Tensor:
         y_TN, kept = _project(x_TK, layer)
         ctx.save_for_backward(x_TK, *kept)
         ctx.layer = layer

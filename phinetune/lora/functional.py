@@ -183,9 +183,7 @@ def low_rank_backward(dy_TN: Tensor, thin_TR: Tensor, factors: Factors) -> tuple
     return dthin_TR, dB.to(factors.lora_B.dtype)
 
 
-def gradient_of_A(
-    dthin_TR: Tensor, x_TK: Tensor, factors: Factors, keep_TK: Tensor | None, dropout_p: float
-) -> Tensor:
+def gradient_of_A(dthin_TR: Tensor, x_TK: Tensor, factors: Factors, keep_TK: Tensor | None, dropout_p: float) -> Tensor:
     """(R, K), in A's dtype."""
     return product(dthin_TR.T, _dropped(x_TK, keep_TK, dropout_p)).to(factors.lora_A.dtype)
 
