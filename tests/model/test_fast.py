@@ -1,0 +1,132 @@
+"""Fast decoder layers against transformers' own with the same LoRA layers in them."""
+
+import copy
+
+import pytest
+import torch
+from conftest import draw_lora_B, relative_error, tiny_model
+
+from phinetune import lora
+from phinetune.data import Example, lay_out
+from phinetune.kernels import compiled
+from phinetune.model import fast, fused_parts, loss_sum
+
+FAMILIES = ["llama", "mistral", "phi3", "qwen2"]
+CONFIGS = {
+    "seven names": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "two of them": {"target_modules": ["v_proj", "down_proj"]},
+    "unequal ranks": {"target_modules": "all-linear", "rank_pattern": {"o_proj": 3}, "use_rslora": True},
+    "pissa": {"target_modules": "all-linear", "init_lora_weights": "pissa"},
+}
+BEGINNING = list(range(50, 80))
+
+
+def examples():
+    torch.manual_seed(3)
+    drawn = [torch.randint(3, 500, (n,)).tolist() for n in (5, 17, 30, 9, 2)]
+    drawn += [BEGINNING + row for row in drawn[:3]] + [BEGINNING + drawn[0] + drawn[1]]
+    return [Example(f"row {i}", ids, [j > len(ids) // 3 for j in range(len(ids))]) for i, ids in enumerate(drawn)]
+
+
+def pair(family, settings, **changes):
+    """(with fast layers, with transformers' own and packed attention through its interface)."""
+    plain = tiny_model(family, **changes)
+    lora.adapt(plain, r=2, fused=fused_parts(plain.config), **settings)
+    draw_lora_B(plain, std=0.1)
+    model = copy.deepcopy(plain)
+    assert fast.install(model) == 2
+    return model, plain
+
+
+def gradients(model, rows, max_tokens, least_shared):
+    total = 0.0
+    for batch in lay_out(rows, max_tokens, None, least_shared):
+        loss = loss_sum(model, batch)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_shared_beginnings_or_not(family, settings):
+    model, plain = pair(family, settings)
+    expected, of_plain = gradients(plain, examples(), 1, 0)  # a row at a time
+    for max_tokens, least_shared in ((1, 0), (60, 0), (10_000, 0), (10_000, 4), (80, 4)):
+        model.zero_grad()
+        loss, of_fast = gradients(model, examples(), max_tokens, least_shared)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert of_fast.keys() == of_plain.keys()
+        for name, gradient in of_fast.items():
+            assert relative_error(gradient, of_plain[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_pieces_change_nothing(family, monkeypatch):
+    model, plain = pair(family, CONFIGS["seven names"])
+    monkeypatch.setattr(compiled, "SMALLEST", 1)
+    expected, of_plain = gradients(plain, examples(), 1, 0)
+    loss, of_fast = gradients(model, examples(), 10_000, 4)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in of_fast.items():
+        assert relative_error(gradient, of_plain[name]) < 1e-5, name
+
+
+def test_layers_really_take_the_fast_path(monkeypatch):
+    model, _ = pair("llama", CONFIGS["all-linear"])
+    monkeypatch.setattr(torch.nn.Linear, "forward", None)  # calling it would fail, as would a LoRA layer's
+    monkeypatch.setattr(lora.Linear, "forward", None)
+    gradients(model, examples(), 10_000, 4)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_dropout": 0.3}, {"bias": "lora_only"}], ids=str)
+def test_what_the_fast_path_does_not_know_goes_to_the_layers(settings):
+    """DoRA isn't a product; trained biases get their gradient; dropout is drawn, of the right expectation."""
+    model, plain = pair("qwen2", {"target_modules": "all-linear", **settings})
+    expected, of_plain = gradients(plain, examples(), 10_000, 0)
+    loss, of_fast = gradients(model, examples(), 10_000, 0)
+    assert loss == pytest.approx(expected, rel=1e-5)  # dropout is off in eval mode
+    for name, gradient in of_fast.items():
+        assert relative_error(gradient, of_plain[name]) < 1e-5, name
+    if "lora_dropout" in settings:
+        model.train()
+        losses, rows = [], examples()
+        for seed in range(200):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                losses.append(sum(loss_sum(model, batch).item() for batch in lay_out(rows, 10_000)))
+        spread = torch.tensor(losses).std().item()
+        assert spread > 0
+        assert sum(losses) / len(losses) == pytest.approx(expected, abs=spread)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_hidden_states_and_state_dict_are_transformers(family):
+    model, plain = pair(family, CONFIGS["all-linear"])
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    ids = torch.tensor([[5, 9, 44, 3]])
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
+    states = [m(ids, output_hidden_states=True).hidden_states for m in (model, plain)]
+    assert len(states[0]) == len(states[1]) == 3
+    for ours, theirs in zip(*states, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_layers_are_given_back():
+    model, plain = pair("phi3", CONFIGS["all-linear"])
+    fast.uninstall(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, _ = pair("phi3", CONFIGS["seven names"])
+    model.train()
+    loss, expected = gradients(model, examples(), 10_000, 4)
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    again, recomputed = gradients(model, examples(), 10_000, 4)
+    assert again == loss
+    for name, gradient in recomputed.items():
+        assert torch.equal(gradient, expected[name]), name
