@@ -1,9 +1,12 @@
 """Our training step, timed: rows a second, its share of the machine's product rate, its cost by length."""
 
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as phinetune's command line does, before torch is imported
 
 import job_io
 import torch
@@ -11,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phinetune.data import Example
-from phinetune.model import adapt_model, load_model
+from phinetune.kernels.allocator import keep_freed_memory
+from phinetune.model import adapt_model, flat_batches, load_model
 from phinetune.recipe import ModelKwargs, PeftConfig, TrainingConfig
 from phinetune.train.loop import training_step
 from phinetune.train.optimiser import make_optimizer, trainable_parameters
@@ -23,6 +27,7 @@ class Trainee:
     """The adapted model with its optimiser, and one step of it."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        keep_freed_memory()  # as `train` does
         settings = ModelKwargs(dtype=job["dtype"], **job.get("model_kwargs", {}))
         peft = PeftConfig(r=job["r"], lora_alpha=job["lora_alpha"], lora_dropout=0.0, target_modules="all-linear")
         config = TrainingConfig(learning_rate=job["learning_rate"], optim="adamw_torch_fused")
@@ -39,13 +44,17 @@ class Trainee:
         loss, _ = training_step(
             self.model,
             self.optimizer,
-            [Example(f"row {i}", ids, [True] * len(ids)) for i, ids in enumerate(rows)],
+            examples_of(rows),
             learning_rate=self.job["learning_rate"],
             max_grad_norm=1.0,
             max_batch_tokens=self.pack_tokens,
             seed=(self.job["seed"], number),
         )
         return time.perf_counter() - begin, loss
+
+
+def examples_of(rows: Sequence[list[int]]) -> list[Example]:
+    return [Example(f"row {i}", ids, [True] * len(ids)) for i, ids in enumerate(rows)]
 
 
 def steps_of(rows: list[list[int]], rows_a_step: int) -> Iterator[list[list[int]]]:
@@ -84,7 +93,8 @@ def roofline(trainee: Trainee) -> dict[str, Any]:
     for number, step in enumerate(steps_of(rows, rows_a_step)):
         rates.append(probe.rate())
         seconds += trainee.step(step, number)[0]
-        tokens += sum(map(len, step))
+        # What is computed: a beginning that rows share is computed once.
+        tokens += sum(b.ids.numel() for b in flat_batches(trainee.model, examples_of(step), trainee.pack_tokens))
         rates.append(probe.rate())
     rate = len(rates) / sum(1 / r for r in rates)  # of seconds, not of rates
     return {

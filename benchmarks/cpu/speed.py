@@ -21,12 +21,12 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "grouped, no autocast": {"layout": "grouped", "autocast": False},
     "packed": {"layout": "packed", "autocast": True},
     "padding-free": {"layout": "padding_free", "autocast": True},
+    "batches of 2": {"layout": "grouped", "autocast": True, "batch_rows": 2},
 }
-# What takes more: a subclass that computes transformers' loss, and small batches, accumulated.
+# What takes more: a subclass that computes transformers' loss.
 TRL_BEYOND: dict[str, dict[str, Any]] = {
     "grouped, own loss": {"layout": "grouped", "autocast": True, "loss": "transformers"},
     "packed, own loss": {"layout": "packed", "autocast": True, "loss": "transformers"},
-    "batches of 2": {"layout": "grouped", "autocast": True, "batch_rows": 2},
     "batches of 2, own loss": {"layout": "grouped", "autocast": True, "batch_rows": 2, "loss": "transformers"},
     "batches of 1, own loss": {"layout": "grouped", "autocast": True, "batch_rows": 1, "loss": "transformers"},
 }
