@@ -9,22 +9,27 @@
         peft_config={"r": 16, "lora_alpha": 32},
     )
 
-The LoRA layers alone: `import phinetune.lora as lora`.
+For other trainers, `model = phinetune.accelerate(model)`.  The LoRA layers alone: `import phinetune.lora as lora`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "finetune"]
+__all__ = ["__version__", "accelerate", "finetune"]
 
 if TYPE_CHECKING:
     from phinetune.api import finetune
+    from phinetune.model.accelerate import accelerate
 
 
-def __getattr__(name: str) -> Any:
-    if name == "finetune":  # heavy imports wait until they are needed
+def __getattr__(name: str) -> Any:  # heavy imports wait until they are needed
+    if name == "finetune":
         from phinetune.api import finetune
 
         return finetune
+    if name == "accelerate":
+        from phinetune.model.accelerate import accelerate
+
+        return accelerate
     raise AttributeError(f"module 'phinetune' has no attribute {name!r}")

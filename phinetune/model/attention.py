@@ -1,18 +1,20 @@
 """phinetune's packed attention under transformers' public `AttentionInterface`: `attn_implementation="phinetune"`.
 
-A flat batch passes `paths` (phinetune.kernels.attention) through the model's keyword arguments.  Without them (generation,
-with a cache or padding) the call goes to transformers' own sdpa.
+A flat batch passes `paths` (phinetune.kernels.attention) through the model's keyword arguments.  Without them
+(generation, with a cache or padding) the call goes to transformers' own sdpa.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from phinetune.kernels import Path, packed_attention
+from phinetune.model.projection import computing_dtype
 
 NAME = "phinetune"
 
@@ -40,5 +42,7 @@ def _attention(
         return out, None
     assert query.shape[0] == 1 and paths[-1][-1][1] == key.shape[2], "a flat batch is one line, without a cache"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return packed_attention(q_THD, k_TKD, v_TKD, paths, scaling, sliding_window)[None], None
+    dtype = computing_dtype(query)
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        return packed_attention(q_THD, k_TKD, v_TKD, paths, scaling, sliding_window)[None], None

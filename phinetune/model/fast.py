@@ -19,9 +19,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
-from phinetune.lora.functional import Projection, side_by_side
 from phinetune.lora.decoder import linear_add, norm_gated_mlp, norm_linears
-from phinetune.model.projection import projection_of
+from phinetune.lora.functional import Projection, side_by_side
+from phinetune.model.projection import computing_dtype, projection_of
 
 
 class Parts(NamedTuple):
@@ -52,10 +52,13 @@ class FastLayer(nn.Module):
         paths: Sequence[Path] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(1, T, D) -> (1, T, D) where `paths` say who sees whom (phinetune.kernels.attention); else as transformers'."""
-        parts = None
+        """(1, T, D) -> (1, T, D) where `paths` say who sees whom (phinetune.kernels.attention); else transformers' way.
+
+        Under autocast the fast path is taken where the weights have its dtype, and computes without it.
+        """
+        parts, dtype = None, computing_dtype(hidden_states)
         if paths is not None and position_embeddings is not None and past_key_values is None:
-            parts = self._parts(hidden_states)
+            parts = self._parts(dtype)
         if parts is None or position_embeddings is None or paths is None:
             output: Tensor = super().forward(
                 hidden_states,
@@ -68,10 +71,13 @@ class FastLayer(nn.Module):
                 **kwargs,
             )
             return output
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            x_TD, cos_TR, sin_TR = (tensor[0].to(dtype) for tensor in (hidden_states, *position_embeddings))
+            return self._flat(x_TD, cos_TR, sin_TR, paths, parts).to(hidden_states.dtype)[None]
+
+    def _flat(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, paths: Sequence[Path], parts: Parts) -> Tensor:
         attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
         (first_norm, first_eps), (second_norm, second_eps) = ((norm.weight, norm.variance_epsilon) for norm in norms)
-        cos_TR, sin_TR = (angle[0] for angle in position_embeddings)
-        x_TD = hidden_states[0]
         qkv_TN = norm_linears(x_TD, first_norm, first_eps, parts.qkv)
         attended_TN = rotary_attention(
             qkv_TN,
@@ -84,19 +90,19 @@ class FastLayer(nn.Module):
             attention.head_dim,
         )
         x_TD = linear_add(attended_TN, x_TD, parts.o)
-        return norm_gated_mlp(x_TD, second_norm, second_eps, parts.gate_up, parts.down)[None]
+        return norm_gated_mlp(x_TD, second_norm, second_eps, parts.gate_up, parts.down)
 
-    def _parts(self, hidden_states: Tensor) -> Parts | None:
+    def _parts(self, dtype: torch.dtype) -> Parts | None:
         """The layer's linear layers; None if one does more than a product and a low-rank update, or something trains
         that the fast path gives no gradient."""
         attention, mlp = self.self_attn, self.mlp
         config = attention.config
-        if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", 0):
+        if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", False):
             return None
-        if self.training and getattr(config, "resid_pdrop", 0):
+        if self.training and getattr(config, "resid_pdrop", False):
             return None
         norms = (self.input_layernorm.weight, self.post_attention_layernorm.weight)
-        if any(weight.requires_grad or weight.dtype != hidden_states.dtype for weight in norms):
+        if any(weight.requires_grad or weight.dtype != dtype for weight in norms):
             return None
         if hasattr(attention, "qkv_proj"):
             groups = ([attention.qkv_proj], [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj])
@@ -105,7 +111,7 @@ class FastLayer(nn.Module):
             groups = (qkv, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
         parts = []
         for modules in groups:
-            projections = [projection_of(module, hidden_states) for module in modules]
+            projections = [projection_of(module, dtype) for module in modules]
             if any(projection is None for projection in projections):
                 return None
             parts.append(side_by_side([projection for projection in projections if projection is not None]))
@@ -162,5 +168,3 @@ def uninstall(model: nn.Module) -> None:
         for name, child in parent.named_children():
             if type(child) in plain:
                 setattr(parent, name, from_base(plain[type(child)], child))
-
-

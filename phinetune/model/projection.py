@@ -10,10 +10,15 @@ from phinetune.lora.layer import is_wrapped
 from phinetune.lora.linear import Linear, MergedLinear
 
 
-def projection_of(module: nn.Module, x: Tensor) -> Projection | None:
-    """What a module does with an input like `x`; None if it isn't a frozen product with LoRA updates in x's dtype."""
-    if torch.is_autocast_enabled(x.device.type):
-        return None
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What products of `x` are computed in: autocast's dtype where it is on.  A fast path switches autocast off for
+    itself and asks for weights of this dtype."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
+    """What a module does with an input of a dtype; None if it isn't a frozen product in it with LoRA updates."""
     if type(module) is nn.Linear:
         projection: Projection | None = Projection((module.weight,), (module.bias,), None)
     elif type(module) in (Linear, MergedLinear):
@@ -25,7 +30,7 @@ def projection_of(module: nn.Module, x: Tensor) -> Projection | None:
     if projection is None or is_wrapped(module):
         return None
     tensors = [*projection.weights, *(bias for bias in projection.biases if bias is not None)]
-    if any(tensor.requires_grad or tensor.dtype != x.dtype for tensor in tensors):
+    if any(tensor.requires_grad or tensor.dtype != dtype for tensor in tensors):
         return None
     return projection
 
@@ -46,7 +51,11 @@ def _of_pefts(layer: Any) -> Projection | None:
     terms, dropout_p = [], 0.0
     for name in names:
         lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if type(lora_A) is not nn.Linear or lora_B.bias is not None or not isinstance(dropout, nn.Dropout | nn.Identity):
+        if (
+            type(lora_A) is not nn.Linear
+            or lora_B.bias is not None
+            or not isinstance(dropout, nn.Dropout | nn.Identity)
+        ):
             return None
         r = lora_A.weight.shape[0]
         block = Block(slice(0, base.out_features), slice(0, r), slice(0, lora_B.weight.numel()), layer.scaling[name])

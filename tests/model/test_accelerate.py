@@ -1,0 +1,390 @@
+"""An accelerated model against the same model as transformers and PEFT run it."""
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from conftest import relative_error, tiny_model
+from transformers import Trainer, TrainingArguments
+
+import phinetune
+from phinetune.model import fast
+from phinetune.model.accelerate import FlatBackbone, line_of
+
+FAMILIES = ["llama", "mistral", "phi3", "qwen2"]
+LONG_ROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 20,
+    },
+    "max_position_embeddings": 80,
+    "original_max_position_embeddings": 20,
+}
+
+
+def plain_model(family, with_peft=True, **changes):
+    """transformers' model in training, with an adapter whose B isn't zero."""
+    model = tiny_model(family, "sdpa", **{"vocab_size": 500, **changes})
+    if with_peft:
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT looks for the base model's files
+            model = peft.get_peft_model(model, config)
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.train()
+
+
+def both(family, with_peft=True, **changes):
+    """(plain, accelerated) with the same weights."""
+    plain = plain_model(family, with_peft, **changes)
+    return plain, phinetune.accelerate(copy.deepcopy(plain))
+
+
+def batch(kind, lengths=(13, 30, 7, 21)):
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 500, (length,), generator=generator) for length in lengths]
+    width = max(lengths)
+    if kind == "no mask":
+        ids = torch.randint(3, 500, (3, 17), generator=generator)
+        return {"input_ids": ids, "labels": ids.masked_fill(ids < 100, -100)}
+    if kind in ("packed", "flash's bounds"):
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        ids = torch.cat(rows)[None]
+        found = {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions < 3, -100)}
+        if kind == "flash's bounds":
+            bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+            found |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": width, "max_length_k": width}
+        return found
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if kind == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    for i, row in enumerate(rows):  # nothing predicts a first token, which left padding would
+        labels[i, width - len(row) if kind == "left" else 0] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def backbone_of(model):
+    (found,) = [module for module in model.modules() if isinstance(module, FlatBackbone)]
+    return found
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """How many lines fast layers got."""
+    seen = []
+    flat = fast.FastLayer._flat
+
+    def counted(self, x_TD, *args):
+        seen.append(len(x_TD))
+        return flat(self, x_TD, *args)
+
+    monkeypatch.setattr(fast.FastLayer, "_flat", counted)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "no mask", "packed", "flash's bounds"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_adapter_gradients_are_pefts(family, kind, lines):
+    plain, ours = both(family)
+    inputs = batch(kind)
+    reference, output = plain(**inputs, use_cache=False).loss, ours(**inputs)
+    loss = output.loss
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert output.logits is None, "the loss alone"
+    reference.backward()
+    loss.backward()
+    expected = gradients(plain)
+    assert len(expected) == len(gradients(ours)) > 0
+    for name, gradient in gradients(ours).items():
+        assert relative_error(gradient, expected[name]) < 1e-5, name
+    tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum().item()
+    assert lines == [tokens] * 2, "each layer saw the real tokens in one line"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_model_gives_the_same_logits_and_loss(family, lines):
+    plain, ours = both(family, with_peft=False)
+    inputs = batch("right")
+    assert ours(**inputs).loss.item() == pytest.approx(plain(**inputs).loss.item(), rel=1e-5)
+    plain.eval(), ours.eval()
+    reference, output = plain(**inputs, use_cache=False), ours(**inputs, use_cache=False)
+    assert len(lines) == 4
+    assert output.loss.item() == pytest.approx(reference.loss.item(), rel=1e-5)
+    real = inputs["attention_mask"] == 1
+    torch.testing.assert_close(output.logits[real], reference.logits[real], rtol=1e-4, atol=1e-4)
+    assert not output.logits[~real].any()
+    items = torch.tensor(1000)
+    with torch.no_grad():
+        expected = plain(**inputs, num_items_in_batch=items).loss
+        assert ours(**inputs, num_items_in_batch=items, skip_logits=True).loss.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_gives_the_same_ids(family):
+    plain, ours = both(family)
+    plain.eval(), ours.eval()
+    inputs = {name: value for name, value in batch("left").items() if name != "labels"}
+    settings = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
+    assert torch.equal(ours.generate(**inputs, **settings), plain.generate(**inputs, **settings))
+    assert ours(**inputs).past_key_values is not None, "in evaluation the config's cache is as it was"
+
+
+def test_the_same_object_its_names_and_its_files(tmp_path):
+    plain = plain_model("llama")
+    expected = copy.deepcopy(plain)
+    before = {name: tensor.data_ptr() for name, tensor in plain.state_dict().items()}
+    model = phinetune.accelerate(plain)
+    assert model is plain and phinetune.accelerate(model) is model
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+    for folder, each in (("plain", expected), ("ours", model)):
+        each.save_pretrained(tmp_path / folder)
+        each.get_base_model().save_pretrained(tmp_path / folder / "base")
+    for file in sorted(path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.json")):
+        found, wanted = (json.loads((tmp_path / name / file).read_text()) for name in ("ours", "plain"))
+        for each in (found, wanted):
+            each["target_modules"] = sorted(each.get("target_modules", []))  # PEFT writes a set
+        assert found == wanted
+    assert type(model.get_base_model()).__name__ == "LlamaForCausalLM"
+    again = tmp_path / "whole.pt"
+    torch.save(model, again)
+    inputs = batch("right")
+    for other in (copy.deepcopy(model), torch.load(again, weights_only=False)):
+        assert isinstance(backbone_of(other), FlatBackbone)
+        assert other(**inputs).loss.item() == model(**inputs).loss.item()
+
+
+def test_recorded_hidden_states_and_what_has_no_line_are_transformers_own(lines):
+    plain, ours = both("llama")
+    inputs = batch("right")
+    reference = plain(**inputs, output_hidden_states=True, use_cache=False)
+    output = ours(**inputs, output_hidden_states=True)
+    assert len(output.hidden_states) == len(reference.hidden_states) == 3
+    for state, expected in zip(output.hidden_states, reference.hidden_states, strict=True):
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+    embeds = ours.get_input_embeddings()(inputs["input_ids"])
+    others = {"attention_mask": inputs["attention_mask"], "labels": inputs["labels"]}
+    assert ours(inputs_embeds=embeds, **others).loss.item() == pytest.approx(reference.loss.item(), rel=1e-5)
+    assert not lines
+    loss, logits = ours(**inputs, skip_logits=False, return_dict=False)[:2]
+    assert loss.item() == pytest.approx(reference.loss.item(), rel=1e-5) and logits.shape[-1] == 500
+    assert lines
+    (loss,) = ours(**inputs, return_dict=False)
+    assert loss.item() == pytest.approx(reference.loss.item(), rel=1e-5)
+    lines.clear()
+    holes = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
+    holes["attention_mask"][:, 2] = 0
+    assert ours(**holes).loss.item() == pytest.approx(plain(**holes).loss.item(), rel=1e-5)
+    assert not lines
+    own = ours.get_base_model()
+    own.loss_function = lambda logits, labels, **kwargs: logits.sum() * 0 + 7
+    assert ours(**inputs).loss.item() == 7
+
+
+def test_supervised_padding_is_computed_as_transformers_does(lines):
+    plain, ours = both("llama")
+    inputs = batch("right")
+    inputs["labels"] = inputs["input_ids"]  # padding too, as a careless collator has it
+    reference = plain(**inputs, use_cache=False).loss.item()
+    assert ours(**inputs).loss.item() == pytest.approx(reference, rel=1e-5)
+    ours.eval()
+    assert ours(**inputs, use_cache=False).loss.item() == pytest.approx(reference, rel=1e-5)
+    assert not lines
+
+
+@pytest.mark.parametrize("lengths, in_line", [((5, 10), True), ((10, 25), True), ((10, 18), False), ((22, 40), True)])
+def test_longrope_takes_the_factors_that_the_padded_batch_takes(lengths, in_line, lines):
+    """Padded to a multiple of 12, rows of 10 and 18 tokens are 24 columns, beyond the boundary at 20."""
+    plain, ours = both("phi3", **LONG_ROPE)
+    inputs = batch("right", lengths)
+    more = -inputs["input_ids"].shape[1] % 12
+    values = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    inputs = {name: torch.nn.functional.pad(inputs[name], (0, more), value=value) for name, value in values.items()}
+    reference, loss = plain(**inputs, use_cache=False).loss, ours(**inputs).loss
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert bool(lines) == in_line
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+def test_a_sliding_window_is_kept(family, kind, lines):
+    plain, ours = both(family, sliding_window=6)
+    inputs = batch(kind)
+    assert ours(**inputs).loss.item() == pytest.approx(plain(**inputs, use_cache=False).loss.item(), rel=1e-5)
+    assert lines
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, lines):
+    plain, ours = both("llama")
+    inputs = batch("right")
+    for model in (plain, ours):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model(**inputs).loss.backward()
+    assert len(lines) == 4, "two layers, twice"
+    expected = gradients(plain)
+    for name, gradient in gradients(ours).items():
+        assert relative_error(gradient, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_under_autocast(weights, lines):
+    plain, ours = both("llama")
+    exact = plain(**batch("right"), use_cache=False).loss.item()
+    for model in (plain, ours):
+        base = model.get_base_model().to(weights)
+        for name, parameter in base.named_parameters():
+            if "lora_" in name:  # as PEFT keeps them
+                parameter.data = parameter.data.float()
+    losses = []
+    for model in (plain, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch("right"), use_cache=False).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert loss.dtype == torch.float32
+    assert abs(losses[1] - exact) < 2 * abs(losses[0] - exact) + 0.02 * exact
+    expected = gradients(plain)
+    for name, gradient in gradients(ours).items():
+        assert gradient.dtype == torch.float32
+        assert relative_error(gradient, expected[name]) < 0.15, name
+    assert bool(lines) == (weights == torch.bfloat16), "weights in another dtype take transformers' layers"
+
+
+def test_layers_that_cant_be_fast_lie_in_the_line_all_the_same():
+    plain, ours = both("llama")
+    for model in (plain, ours):
+        model.get_base_model().model.layers[0].input_layernorm.weight.requires_grad_(True)
+    for name in ("right", "packed"):
+        inputs = batch(name)
+        assert ours(**inputs).loss.item() == pytest.approx(plain(**inputs, use_cache=False).loss.item(), rel=1e-5)
+
+
+def test_a_trained_head_and_no_supervised_token():
+    plain, ours = both("llama", with_peft=False)
+    inputs = batch("right")
+    for model in (plain, ours):
+        model.lm_head.weight.requires_grad_(True)
+        model(**inputs).loss.backward()
+    assert relative_error(ours.lm_head.weight.grad, plain.lm_head.weight.grad) < 1e-5
+    _, ours = both("llama")
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    loss = ours(**inputs, num_items_in_batch=5).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert ours(**inputs).loss.isnan()
+
+
+def test_what_cant_be_accelerated_is_said(caplog):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    phinetune.accelerate(AutoModelForCausalLM.from_config(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2)))
+    assert "stays as it is" in caplog.text
+    phinetune.accelerate(tiny_model("llama", "sdpa", attention_dropout=0.1))
+    assert "batches stay padded" in caplog.text
+
+
+def test_lines():
+    ids = torch.arange(1, 9).view(2, 4)
+    line = line_of(ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), None)
+    assert line.ids.tolist() == [[3, 4, 5, 6, 7, 8]] and line.position_ids.tolist() == [[2, 3, 0, 1, 2, 3]]
+    assert line.paths == [[(0, 2)], [(2, 6)]] and line.places.tolist() == [2, 3, 4, 5, 6, 7]
+    line = line_of(ids, torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0]]), None)
+    assert line.paths == [[(0, 2)]] and line.places.tolist() == [4, 5]
+    assert line_of(ids, torch.zeros(2, 4), None) is None
+    assert line_of(ids, torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]), None) is None
+    assert line_of(ids, torch.ones(2, 1, 4, 4), None) is None
+    line = line_of(ids, None, torch.tensor([[0, 1, 0, 1]]))
+    assert line.paths == [[(0, 2)], [(2, 4)], [(4, 6)], [(6, 8)]] and line.places is None
+    line = line_of(ids.view(1, 8), None, None, torch.tensor([0, 3, 8], dtype=torch.int32))
+    assert line.paths == [[(0, 3)], [(3, 8)]] and line.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count=12):
+        generator = torch.Generator().manual_seed(9)
+        self.rows = [torch.randint(3, 500, (4 + 3 * i % 25,), generator=generator) for i in range(count)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        return {"input_ids": self.rows[place], "labels": self.rows[place]}
+
+
+def pad(rows):
+    pads = {"input_ids": 0, "labels": -100}
+    found = {
+        name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+        for name, value in pads.items()
+    }
+    return {**found, "attention_mask": (found["labels"] != -100).long()}
+
+
+def losses_of(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+TRAINER = {
+    "per_device_train_batch_size": 3, "per_device_eval_batch_size": 5, "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2, "learning_rate": 3e-3, "logging_steps": 1, "use_cpu": True, "report_to": [], "seed": 1,
+    "save_strategy": "no", "disable_tqdm": True, "eval_strategy": "epoch", "max_grad_norm": 1.0,
+}  # fmt: skip
+
+
+def test_in_transformers_trainer(tmp_path, lines):
+    histories = []
+    for model in both("llama"):
+        arguments = TrainingArguments(output_dir=str(tmp_path), **TRAINER)
+        trainer = Trainer(model, arguments, pad, train_dataset=Rows(), eval_dataset=Rows(5))
+        losses = losses_of(trainer)
+        evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        histories.append(losses + evaluated)
+    assert lines and len(histories[0]) == 4 + 2
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_in_trls_trainer(tmp_path, smollm2_tokenizer, padding_free, lines):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from phinetune.trl import ModelLoss
+
+    class OwnLossTrainer(ModelLoss, trl.SFTTrainer):
+        pass
+
+    rows = datasets.Dataset.from_dict({"input_ids": [row.tolist() for row in Rows().rows]})
+    settings = {**TRAINER, "max_length": None, "padding_free": padding_free, "bf16": False}
+
+    def trained(model, kind=trl.SFTTrainer):
+        arguments = trl.SFTConfig(output_dir=str(tmp_path), gradient_checkpointing=False, **settings)
+        trainer = kind(model, args=arguments, train_dataset=rows, eval_dataset=rows, processing_class=smollm2_tokenizer)
+        losses = losses_of(trainer)
+        return losses + [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+    plain, ours = both("llama", vocab_size=49152)
+    expected = trained(plain)
+    assert not lines and len(expected) == 4 + 2
+    for kind in (trl.SFTTrainer, OwnLossTrainer):
+        assert trained(copy.deepcopy(ours), kind) == pytest.approx(expected, rel=1e-4)
+        assert lines
+        lines.clear()
