@@ -6,6 +6,8 @@
     cost      seconds a token from 128 to 4,096 tokens a row, with a plot
     ablation  ours without one technique at a time, over ours
     overlay   200 steps in bfloat16 beside PEFT's, and PEFT's spread over seeds (half an hour)
+    inside_trl  SFTTrainer on an accelerated model (phinetune.accelerate), against the same on the model as it is
+    prefix    rows that share a long beginning against the same rows without sharing
     table     writes the figures into docs/benchmarks.md
 
 Every figure is of a process of its own.  A section's keys are merged into benchmarks/results/cpu.json.
@@ -131,6 +133,46 @@ def ablation(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def inside_trl(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    """`SFTTrainer` in turns with and without `phinetune.accelerate`, by TRL's loss and by the model's own."""
+    rows, accumulation = draw_rows(asked.rows, job["batch_rows"]), job["rows_a_step"] // job["batch_rows"]
+    own = {**job, "default": False, "layout": "grouped", "autocast": True, "attention": "sdpa", "rows": rows.grouped}
+    own["accumulation"] = accumulation
+    trainers = {
+        f"SFTTrainer, {name}{', accelerated' * accelerate}": {"loss": loss, "accelerate": accelerate}
+        for name, loss in (("model's loss", "phinetune"), ("TRL's loss", "trl"))
+        for accelerate in (True, False)
+    }
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in trainers}
+    for _ in range(asked.rounds):
+        for name, settings in trainers.items():
+            child: dict[str, Any] = {**own, **settings}
+            ask = lambda: job_io.ask(TRL, "child_trl.py", child, {"PYTHONPATH": str(ROOT)})  # noqa: B023, E731
+            runs[name].append(speed_section.run(name, ask))
+    fast, model_loss, fast_trl_loss, trl_loss = trainers
+    found: dict[str, Any] = {"spread": {}}
+    for key, (one, other) in {
+        "inside_trl_speedup": (fast, model_loss),
+        "inside_trl_speedup_trl_loss": (fast_trl_loss, trl_loss),
+        "inside_trl_speedup_both": (fast, trl_loss),
+    }.items():
+        pairs = zip(runs[one], runs[other], strict=True)
+        ratios = [speed_section.rate(a) / speed_section.rate(b) for a, b in pairs]  # of the same rows
+        found[key] = round(statistics.median(ratios), 3)
+        found["spread"][key] = [round(min(ratios), 3), round(max(ratios), 3)]
+    found["inside_trl"] = {
+        name: {
+            "rows_per_second": round(statistics.median(run["rows"] / run["seconds"] for run in of), 3),
+            "tokens_per_second": round(statistics.median(map(speed_section.rate, of)), 1),
+            "gb": round(statistics.median(run["gb"] for run in of), 3),
+            "loss": of[0]["loss"],
+        }
+        for name, of in runs.items()
+    }
+    found["peer_versions"] = runs[fast][0]["versions"]
+    return found
+
+
 def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     """Mean distance of our losses to PEFT's from the same adapter, against PEFT's own from other adapters."""
     rows = [row for row in all_rows()[0] if len(row) <= asked.overlay_longest][: 4 * asked.overlay_steps]
@@ -154,6 +196,14 @@ def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def prefix(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    """Rows with a long beginning in common, computed once and for each row, on two layers of Phi-3's full width."""
+    found = job_io.ask(OURS, "child_prefix.py", {"layers": 2, "rounds": asked.rounds})
+    speedup, spread = found.pop("prefix_speedup"), found.pop("spread")
+    print(json.dumps(found), flush=True)
+    return {"prefix_speedup": round(speedup, 3), "spread": {"prefix_speedup": spread}, "prefix": found}
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any]]] = {
     "gate": gate,
     "speed": speed,
@@ -161,6 +211,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any
     "cost": cost,
     "ablation": ablation,
     "overlay": overlay,
+    "inside_trl": inside_trl,
+    "prefix": prefix,
 }
 
 
@@ -209,7 +261,7 @@ def main() -> None:
     asked = parser.parse_args()
     names = asked.sections or list(SECTIONS)
     job = base_job(asked)
-    if "speed" in names and "gate" not in names:
+    if {"speed", "inside_trl"} & set(names) and "gate" not in names:
         names = ["gate", *names]  # before any timing
     for name in names:
         if name != "table":

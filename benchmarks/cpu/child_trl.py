@@ -1,6 +1,7 @@
 """A run of `trl.SFTTrainer` with PEFT, in TRL's own environment: rows' real tokens a second, warm-up apart.
 
-The rows come as token ids, so that nothing but training is timed.  All tokens are supervised.
+The rows come as token ids, so that nothing but training is timed.  All tokens are supervised.  `accelerate` gives the
+model to phinetune first, and `loss: phinetune` takes its loss.
 """
 
 import contextlib
@@ -24,6 +25,16 @@ class OwnLossTrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+
+
+def trainer_class(loss: str) -> type[SFTTrainer]:
+    if loss == "transformers":
+        return OwnLossTrainer
+    if loss == "phinetune":
+        from phinetune.trl import ModelLoss
+
+        return type("LeanTrainer", (ModelLoss, SFTTrainer), {})
+    return SFTTrainer
 
 
 class Clock(TrainerCallback):
@@ -57,6 +68,10 @@ def train(job: dict[str, Any], folder: str) -> dict[str, Any]:
     if not job["default"]:
         dtype = getattr(torch, job["dtype"])
         model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=job["attention"])
+        if job.get("accelerate"):
+            import phinetune
+
+            phinetune.accelerate(model)
         settings |= {
             "bf16": job["autocast"],
             "gradient_checkpointing": False,
@@ -69,7 +84,7 @@ def train(job: dict[str, Any], folder: str) -> dict[str, Any]:
             "max_length": job["pack_tokens"] if job["layout"] == "packed" else None,
         }
     clock = Clock()
-    trainer = (OwnLossTrainer if job["loss"] == "transformers" else SFTTrainer)(
+    trainer = trainer_class(job["loss"])(
         model=model,
         args=SFTConfig(**settings),
         train_dataset=Dataset.from_dict({"input_ids": job["rows"]}),

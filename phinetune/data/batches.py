@@ -8,7 +8,7 @@ inside it:
 Rows that begin alike (the same system message, the same document, the turns of one conversation) hold their beginning
 once; what comes behind it sees it and goes on counting:
 
-    ids        [ p p a a a b b ]    position_ids  [ 0 1 2 3 4 2 3 ]    paths  [(0, 2)], [(0, 2), (2, 5)], [(0, 2), (5, 7)]
+    ids  [ p p a a a b b ]    position_ids  [ 0 1 2 3 4 2 3 ]    paths  [(0, 2)], [(0, 2), (2, 5)], [(0, 2), (5, 7)]
 
 How a step's rows are laid out is layout only: the loss is the sum over supervised tokens divided by their
 number in the whole step, so any layout gives the same update.

@@ -1,7 +1,7 @@
 """How the C library hands memory to torch on a CPU.
 
-glibc maps every large block anew and gives it back when it is freed, so that each tensor of a training step costs a page
-fault for each 4 KB of it: as long as several passes over it.  Kept and used again, the same memory costs nothing
+glibc maps every large block anew and gives it back when it is freed, so that each tensor of a training step costs a
+page fault for each 4 KB of it: as long as several passes over it.  Kept and used again, the same memory costs nothing
 (SmolLM2-135M on a Zen 5: 527 tokens a second before, 750 behind; docs/log.md).
 """
 

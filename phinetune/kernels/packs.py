@@ -3,13 +3,14 @@
     row a: 300 tokens       blocks  a0 (150 queries, 150 keys), a1 (150, 300)
     row b: 140              b0 (140, 140)                                        groups  {a0, b0}, {a1}
 
-A group is padded to its largest block.  Padded queries see what their block's last one sees, are read by nobody, and the
-gradient of their output is the row of zeros behind the line's; padded keys have a position after every query's, so
-nobody sees them.  A pack depends on the line's layout alone and serves all
+A group is padded to its largest block.  Padded queries see what their block's last one sees, are read by nobody, and
+the gradient of their output is the row of zeros behind the line's; padded keys have a position after every query's,
+so nobody sees them.  A pack depends on the line's layout alone and serves all
 layers, forward and backward.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 Path = Sequence[tuple[int, int]]
-"""Where the tokens that a segment sees lie, in order of their positions: (start, end) of each piece, its own the last."""
+"""Where the tokens that a segment sees lie, in order of positions: (start, end) of each piece, its own the last."""
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 64  # queries: large blocks compute more of what nobody sees
 GROUP_SCORES = 1 << 22  # of a group: they stay in the cache between the passes over them
@@ -35,11 +36,11 @@ class Block(NamedTuple):
 
     @property
     def queries(self) -> int:
-        return self.own.stop - self.own.start
+        return int(self.own.stop - self.own.start)
 
     @property
     def keys(self) -> int:
-        return sum(piece.stop - piece.start for piece in self.pieces)
+        return sum(int(piece.stop - piece.start) for piece in self.pieces)
 
 
 class Group(NamedTuple):
@@ -79,7 +80,7 @@ class Pack(NamedTuple):
 
 def separate(bounds: Sequence[int]) -> list[Path]:
     """Paths of segments that share nothing: [0, 3, 5] -> [[(0, 3)], [(3, 5)]]."""
-    return [[(start, end)] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [[(start, end)] for start, end in itertools.pairwise(bounds)]
 
 
 def pack_of(paths: Sequence[Path], heads: int, kv_heads: int, window: int | None) -> Pack:

@@ -44,8 +44,8 @@ class Block(NamedTuple):
 
     def shifted(self, out: int, a: int, b: int, factor: float) -> "Block":
         """The same product where its outputs, A and B stand behind others, its scaling times `factor`."""
-        moved = (slice(s.start + by, s.stop + by) for s, by in ((self.out, out), (self.a, a), (self.b, b)))
-        return Block(*moved, self.scaling * factor)
+        moved = [slice(s.start + by, s.stop + by) for s, by in ((self.out, out), (self.a, a), (self.b, b))]
+        return Block(moved[0], moved[1], moved[2], self.scaling * factor)
 
 
 class Factors(NamedTuple):

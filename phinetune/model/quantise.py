@@ -111,7 +111,8 @@ def _quantise_layer(layer: nn.Linear, x: Tensor, tolerance: float) -> float:
 
 
 def _linear_layers(model: nn.Module, of_any_kind: bool = False) -> Iterator[tuple[str, Any]]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    transformer: Any = model
+    head = transformer.get_output_embeddings()
     for name, module in model.named_modules():
         wanted = isinstance(module, nn.Linear) if of_any_kind else type(module) is nn.Linear
         if wanted and module is not head:

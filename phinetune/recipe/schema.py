@@ -174,7 +174,11 @@ class TrainingConfig(Section):
     packing: bool = False
     """A step is a token budget (batch size × accumulation × data.max_length), not a number of rows."""
     gradient_checkpointing: bool = False
-    """Recomputes activations in the backward pass: less memory, a third more work."""
+    """Recomputes every layer's activations in the backward pass: less memory, a third more work."""
+    gradient_checkpointing_layers: NonNegativeInt | Literal["auto"] = "auto"
+    """Recomputes the first layers alone, so many or, by `auto`, the fewest that `max_memory_gb` asks for."""
+    max_memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """What the run should stay below, in 10⁹ bytes; by default what the machine has free."""
     gradient_checkpointing_kwargs: dict[str, Any] = Field(default_factory=dict)
     """`use_reentrant: false` is what is always used."""
     logging_strategy: Strategy = "steps"

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from phinetune import lora
-from phinetune.kernels.loss import CHUNK_BYTES
 from phinetune.kernels.products import product
+from phinetune.model.memory import Batch, bytes_to_come
 from phinetune.train.memory import memory_in_use
 
 # Share of the machine's matrix-product rate that a whole training step reaches: 0.44 measured on SmolLM2-135M in
@@ -44,18 +44,7 @@ def product_rate(model: Any) -> float:
     return float(2 * x.shape[0] * layer.weight.numel() / min(seconds))
 
 
-def expected_gb(model: Any, batch_tokens: int) -> float:
-    """Peak memory of steps on `batch_tokens` tokens, in units of 10⁹ bytes, for a model that is loaded and adapted.
-
-    To what is in use now come gradients and two moments of the LoRA parameters in fp32, what the layers keep for
-    the backward pass (about 18 hidden and 4 intermediate widths a token and layer in transformers' eager layers;
-    checkpointed, one hidden width and a single layer's share), and the chunks of logits.
-    """
-    config = model.config
-    to_come = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    kept_by_a_layer = 18 * hidden + 4 * intermediate
-    kept = hidden * layers + kept_by_a_layer if model.is_activation_checkpointing else kept_by_a_layer * layers
-    element = torch.finfo(model.dtype).bits // 8
-    return float(memory_in_use() + to_come + kept * element * batch_tokens + 3 * CHUNK_BYTES) / 1e9
+def expected_gb(model: Any, batch: Batch) -> float:
+    """Peak memory of steps whose largest batch is `batch`, in units of 10⁹ bytes, for a model that is loaded and
+    adapted: what is in use now, and what a step adds."""
+    return (memory_in_use() + bytes_to_come(model, batch)) / 1e9

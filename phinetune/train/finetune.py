@@ -17,6 +17,7 @@ from phinetune.adapter import save_adapter
 from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, write_ledgers, writes_date
 from phinetune.errors import CheckpointError, RecipeError
 from phinetune.evaluate import Comparison, compare
+from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.lora import lora_layers
 from phinetune.model import (
     adapt_model,
@@ -28,12 +29,13 @@ from phinetune.model import (
     revision_of,
     takes_flat_batches,
 )
-from phinetune.recipe import Recipe, dump_recipe
+from phinetune.model.memory import Batch, decoder_layers, layers_to_recompute, recompute, recomputed_layers
+from phinetune.recipe import Recipe, TrainingConfig, dump_recipe
 from phinetune.train.checkpoint import Base, list_checkpoints, newest_whole_checkpoint, read_state
 from phinetune.train.estimate import expected_gb, expected_seconds
 from phinetune.train.log import ProgressBar, check_loggers, run_log
 from phinetune.train.loop import Loop
-from phinetune.train.memory import MemoryPeak
+from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import learning_rates, make_optimizer
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ FREE_TO_CHANGE = {
         ),
         *("log_level", "disable_tqdm", "report_to", "eval_strategy", "eval_steps", "eval_on_start"),
         *("save_strategy", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
+        *("gradient_checkpointing", "gradient_checkpointing_layers", "max_memory_gb"),
     },
     "data": {"train", "eval", "max_rejected", "num_proc", "duplicates", "held_out_in_train"},
     "model_kwargs": {"token", "cache_dir"},
@@ -98,6 +101,7 @@ def train(
     began = time.perf_counter()
     config, folder = recipe.training_config, Path(recipe.training_config.output_dir)
     _check_folder(folder, bool(resume), overwrite or config.overwrite_output_dir)
+    keep_freed_memory()
     with MemoryPeak() as memory:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         checkpoint = _checkpoint_to_resume(folder, resume)
@@ -116,8 +120,8 @@ def train(
 
         model = load_model(recipe.model, recipe.model_kwargs, device)
         adapt_model(model, recipe.peft_config, config.seed)
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        batch = _largest_batch(data, recipe.data.max_batch_tokens)
+        recompute(model, _layers_to_recompute(model, config, batch))
 
         revision = revision_of(recipe.model, recipe.model_kwargs)
         base = Base(recipe.model, revision, chat_fingerprint(tokenizer))
@@ -138,7 +142,7 @@ def train(
                 log.warning(word)
             if checkpoint is not None:
                 loop.resume(checkpoint)
-            _announce(loop, data)
+            _announce(loop, data, batch)
             loop.run()
 
             save_adapter(model, folder, base.model, base.revision, chat_format=base.chat_format)
@@ -248,7 +252,25 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
         raise CheckpointError(str(checkpoint), what, "resume with its own recipe and data")
 
 
-def _announce(loop: Loop, data: Prepared) -> None:
+def _largest_batch(data: Prepared, max_batch_tokens: int) -> Batch:
+    longest = int(data.train.lengths.max())
+    return Batch(max(longest, min(int(data.train.lengths.sum()), max_batch_tokens)), longest)
+
+
+def _layers_to_recompute(model: Any, config: TrainingConfig, batch: Batch) -> int:
+    """As the recipe says, or as few as its memory allows."""
+    count = len(decoder_layers(model))
+    if config.gradient_checkpointing and not count:
+        log.warning(f"gradient_checkpointing is ignored: {model.config.model_type} models can't recompute their layers")
+    if config.gradient_checkpointing:
+        return count
+    if config.gradient_checkpointing_layers != "auto":
+        return min(count, config.gradient_checkpointing_layers)
+    limit, used = config.max_memory_gb, memory_in_use()
+    return layers_to_recompute(model, batch, memory_free(model.device) if limit is None else limit * 1e9 - used)
+
+
+def _announce(loop: Loop, data: Prepared, batch: Batch) -> None:
     """Rows, supervised tokens, steps, expected time and memory, before the first step."""
     model = loop.model
     for name, ledger in data.ledgers.items():
@@ -281,11 +303,15 @@ def _announce(loop: Loop, data: Prepared) -> None:
     left = loop.steps.rows_from(loop.step)
     tokens = int(data.train.lengths[left].sum())
     supervised = int(data.train.supervised[left].sum())
-    batch_tokens = max(int(data.train.lengths.max()), min(tokens, loop.recipe.data.max_batch_tokens))
+    expected, limit = expected_gb(model, batch), loop.recipe.training_config.max_memory_gb
     log.info(
         f"{len(loop.steps) - loop.step:,} steps, {tokens:,} tokens, {supervised:,} of them supervised; expected: "
-        f"{expected_seconds(model, tokens, supervised):.0f} s, {expected_gb(model, batch_tokens):.1f} GB"
+        f"{expected_seconds(model, tokens, supervised):.0f} s, {expected:.1f} GB"
     )
+    if recomputed := recomputed_layers(model):
+        log.info(f"{recomputed} of {len(decoder_layers(model))} layers are recomputed in the backward pass")
+    if limit is not None and expected > limit:
+        log.warning(f"max_memory_gb={limit:g} is less than a batch of {batch.tokens:,} tokens takes: lower max_length")
 
 
 def _compare(recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, folder: Path) -> Comparison:

@@ -7,8 +7,13 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 INTERVAL = 0.05  # seconds
+CGROUPS = [  # (limit, use) of a container, in bytes, by both versions of control groups
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
 
 
 class MemoryPeak:
@@ -45,6 +50,29 @@ def memory_in_use() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return sum(_anonymous_and_shared(pid) for pid in _process_tree(os.getpid()))
+
+
+def memory_free(device: Any = None) -> int:
+    """Bytes that can still be had: of a GPU's memory, else of this machine's, or of what a container may use of it."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = _read("/proc/meminfo")
+    free = [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
+    for limit, used in CGROUPS:
+        bounds = _read(limit).strip(), _read(used).strip()
+        if all(bound.isdigit() for bound in bounds):
+            # What the container uses counts its page cache too, which would be given up.
+            free.append(int(bounds[0]) - min(int(bounds[1]), memory_in_use()))
+    return min(free, default=1 << 62)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def _process_tree(pid: int) -> list[int]:

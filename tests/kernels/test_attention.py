@@ -1,5 +1,7 @@
 """Packed attention against brute force in float64: a softmax over the keys of each token's path, token by token."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import relative_error
@@ -58,7 +60,7 @@ def test_every_example_is_on_its_own(lengths, heads, window):
 def test_a_segment_may_continue_any_earlier_one(data, lengths, heads, window):
     bounds = bounds_of(lengths)
     paths = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         before = data.draw(st.sampled_from([[], *paths]))
         paths.append([*before, (start, end)])
     check(paths, *heads, window)

@@ -1,0 +1,100 @@
+"""What a step keeps in memory, by the model's sizes, and recomputing decoder layers where that is too much.
+
+    forward   x → [layer] → x → [layer] → x → … → loss       [ ] keeps what its gradients need,
+    backward  x ← (layer) ← x ← [layer] ← x ← …              ( ) its input alone, and makes the rest again
+
+The first layers are the ones to recompute: behind them in the backward pass, nothing else is kept any more.
+Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from phinetune import lora
+from phinetune.kernels.attention import KEPT_KEYS
+from phinetune.kernels.loss import CHUNK_BYTES
+from phinetune.model.family import takes_flat_batches
+
+
+class Batch(NamedTuple):
+    """The largest flat batch of a run."""
+
+    tokens: int
+    longest: int
+    """Tokens of its longest row."""
+
+
+def kept_by_a_layer(model: Any, batch: Batch) -> int:
+    """Bytes that a decoder layer keeps for its gradients, its input among them.
+
+    phinetune's own layers (phinetune.lora.decoder, phinetune.kernels.attention) keep both residual streams, q, k and v,
+    attention's output, gate and up, and of short rows attention's weights; under dropout a byte for each input of A.
+    transformers' eager layers with LoRA layers in them keep about 18 hidden and 4 intermediate widths.
+    """
+    config = model.config
+    hidden, intermediate, element = int(config.hidden_size), _intermediate(config), torch.finfo(model.dtype).bits // 8
+    if not takes_flat_batches(model):
+        return (18 * hidden + 4 * intermediate) * element * batch.tokens
+    heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+    width = int(getattr(config, "head_dim", None) or hidden // heads)
+    elements = 2 * hidden + (2 * heads + 2 * kv_heads) * width + 2 * intermediate
+    seen = min(batch.longest, KEPT_KEYS)
+    elements += heads * seen * seen // batch.longest
+    drops = any(a.lora_dropout > 0 for _, layer in lora.lora_layers(model) for a in layer.adapters.values())
+    masks = 2 * hidden + heads * width + intermediate if drops else 0
+    return (elements * element + masks) * batch.tokens
+
+
+def bytes_to_come(model: Any, batch: Batch, recomputed: int | None = None) -> int:
+    """What a step adds at its peak to a model that is loaded and adapted, where the first `recomputed` layers are made
+    again (by default those that are set so).
+
+    Gradients and two moments of what trains, what the layers keep, what the backward pass of one of them works with,
+    and the chunks of logits with the gradient of the hidden states.
+    """
+    hidden, per_token = int(model.config.hidden_size), torch.finfo(model.dtype).bits // 8 * batch.tokens
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = len(decoder_layers(model))
+    recomputed = recomputed_layers(model) if recomputed is None else recomputed
+    kept = kept_by_a_layer(model, batch)
+    inputs = hidden * per_token * recomputed
+    working = 4 * (hidden + _intermediate(model.config)) * per_token
+    head = 3 * CHUNK_BYTES + 3 * hidden * per_token
+    layers = max(count - recomputed, 1 if recomputed else 0)
+    return int(12 * trained + inputs + kept * layers + working + head)
+
+
+def layers_to_recompute(model: Any, batch: Batch, free: float) -> int:
+    """The fewest decoder layers whose recomputation makes a step fit into `free` bytes; all of them if none does."""
+    count = len(decoder_layers(model))
+    return next((n for n in range(count) if bytes_to_come(model, batch, n) <= free), count)
+
+
+def recompute(model: Any, layers: int) -> None:
+    """Makes the first `layers` decoder layers keep their input alone and run again in the backward pass.
+
+    The gradients are the same, bit for bit: the same operations, dropout's draws included.
+    """
+    for number, layer in enumerate(decoder_layers(model)):
+        layer.gradient_checkpointing = number < layers
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """Those that can be recomputed, in their order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recomputed_layers(model: nn.Module) -> int:
+    """How many are set to be."""
+    return sum(bool(layer.gradient_checkpointing) for layer in decoder_layers(model))
+
+
+def _intermediate(config: Any) -> int:
+    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
