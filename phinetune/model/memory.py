@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from phinetune import lora
 from phinetune.kernels.attention import KEPT_KEYS
 from phinetune.kernels.loss import CHUNK_BYTES
-from phinetune.model.family import takes_flat_batches
+from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
+
+SCATTERED = 1.3  # freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md)
 
 
 class Batch(NamedTuple):
@@ -36,14 +38,13 @@ def kept_by_a_layer(model: Any, batch: Batch) -> int:
     transformers' eager layers with LoRA layers in them keep about 18 hidden and 4 intermediate widths.
     """
     config = model.config
-    hidden, intermediate, element = int(config.hidden_size), _intermediate(config), torch.finfo(model.dtype).bits // 8
-    if not takes_flat_batches(model):
+    hidden, intermediate, element = int(config.hidden_size), _intermediate(config), _element(model)
+    if not _has_fast_layers(model):
         return (18 * hidden + 4 * intermediate) * element * batch.tokens
-    heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-    width = int(getattr(config, "head_dim", None) or hidden // heads)
+    heads, kv_heads, width = _heads(config)
     elements = 2 * hidden + (2 * heads + 2 * kv_heads) * width + 2 * intermediate
     seen = min(batch.longest, KEPT_KEYS)
-    elements += heads * seen * seen // batch.longest
+    elements += heads * seen * (seen + min(seen, LARGEST_BLOCK)) // 2 // batch.longest
     drops = any(a.lora_dropout > 0 for _, layer in lora.lora_layers(model) for a in layer.adapters.values())
     masks = 2 * hidden + heads * width + intermediate if drops else 0
     return (elements * element + masks) * batch.tokens
@@ -51,21 +52,32 @@ def kept_by_a_layer(model: Any, batch: Batch) -> int:
 
 def bytes_to_come(model: Any, batch: Batch, recomputed: int | None = None) -> int:
     """What a step adds at its peak to a model that is loaded and adapted, where the first `recomputed` layers are made
-    again (by default those that are set so).
-
-    Gradients and two moments of what trains, what the layers keep, what the backward pass of one of them works with,
-    and the chunks of logits with the gradient of the hidden states.
+    again (by default those that are set so): gradients and two moments of what trains, what the layers keep, and what
+    is worked with.
     """
-    hidden, per_token = int(model.config.hidden_size), torch.finfo(model.dtype).bits // 8 * batch.tokens
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
     count = len(decoder_layers(model))
     recomputed = recomputed_layers(model) if recomputed is None else recomputed
-    kept = kept_by_a_layer(model, batch)
-    inputs = hidden * per_token * recomputed
-    working = 4 * (hidden + _intermediate(model.config)) * per_token
-    head = 3 * CHUNK_BYTES + 3 * hidden * per_token
-    layers = max(count - recomputed, 1 if recomputed else 0)
-    return int(12 * trained + inputs + kept * layers + working + head)
+    inputs = int(model.config.hidden_size) * _element(model) * batch.tokens * recomputed
+    kept: int = kept_by_a_layer(model, batch) * max(count - recomputed, 1 if recomputed else 0)
+    scattered = SCATTERED if model.device.type == "cpu" else 1.0
+    return 12 * trained + int((inputs + kept + _worked_with(model, batch)) * scattered)
+
+
+def _worked_with(model: Any, batch: Batch) -> int:
+    """What is needed at once beside what is kept: by attention's backward pass, the MLP's, or the head."""
+    config, element = model.config, _element(model)
+    hidden, intermediate = int(config.hidden_size), _intermediate(config)
+    attention = 0
+    if _has_fast_layers(model):
+        heads, kv_heads, width = _heads(config)
+        queries = min(max(GROUP_SCORES // (heads * batch.longest), SMALLEST_BLOCK), LARGEST_BLOCK, batch.longest)
+        keys = batch.tokens * (batch.longest + queries) // (2 * queries)  # of all blocks of queries
+        attention = 4 * keys * kv_heads * width * element  # gradients of keys and values, and again side by side
+    mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2) * element
+    table = int(config.vocab_size) * hidden * element  # oneDNN multiplies by a copy of the weight
+    head = 2 * CHUNK_BYTES + table + 5 * hidden * element * batch.tokens
+    return max(attention, mlp, head)
 
 
 def layers_to_recompute(model: Any, batch: Batch, free: float) -> int:
@@ -96,5 +108,21 @@ def recomputed_layers(model: nn.Module) -> int:
     return sum(bool(layer.gradient_checkpointing) for layer in decoder_layers(model))
 
 
+def _has_fast_layers(model: nn.Module) -> bool:
+    from phinetune.model.fast import FastLayer
+
+    return any(isinstance(layer, FastLayer) for layer in decoder_layers(model))
+
+
 def _intermediate(config: Any) -> int:
     return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """(of queries, of keys and values, their width)"""
+    heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+    return heads, kv_heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def _element(model: Any) -> int:
+    return torch.finfo(model.dtype).bits // 8
