@@ -8,6 +8,8 @@
     overlay   200 steps in bfloat16 beside PEFT's, and PEFT's spread over seeds (half an hour)
     inside_trl  SFTTrainer on an accelerated model (phinetune.accelerate), against the same on the model as it is
     prefix    rows that share a long beginning against the same rows without sharing
+    phi3      Phi-3-mini at full size: a step's memory and its share of the product rate, in bfloat16 and in int8
+    int8      what int8 costs in held-out loss
     table     writes the figures into docs/benchmarks.md
 
 Every figure is of a process of its own.  A section's keys are merged into benchmarks/results/cpu.json.
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import job_io
+import phi3 as phi3_section
 import speed as speed_section
 import table as table_section
 from rows import ROOT, all_rows, draw_rows
@@ -204,6 +207,14 @@ def prefix(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     return {"prefix_speedup": round(speedup, 3), "spread": {"prefix_speedup": spread}, "prefix": found}
 
 
+def phi3(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    return phi3_section.phi3(job, OURS, asked.phi3_rounds, asked.phi3_layers)
+
+
+def int8(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    return phi3_section.int8_loss(OURS, asked.int8_steps)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any]]] = {
     "gate": gate,
     "speed": speed,
@@ -213,6 +224,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any
     "overlay": overlay,
     "inside_trl": inside_trl,
     "prefix": prefix,
+    "phi3": phi3,
+    "int8": int8,
 }
 
 
@@ -258,6 +271,9 @@ def main() -> None:
     parser.add_argument("--overlay-steps", type=int, default=200)
     parser.add_argument("--overlay-seeds", type=int, default=3)
     parser.add_argument("--overlay-longest", type=int, default=128, help="tokens of a row: PEFT takes minutes as it is")
+    parser.add_argument("--phi3-rounds", type=int, default=2, help="some six minutes each")
+    parser.add_argument("--phi3-layers", type=int, help="of Phi-3-mini's 32, for a trial")
+    parser.add_argument("--int8-steps", type=int, default=30)
     asked = parser.parse_args()
     names = asked.sections or list(SECTIONS)
     job = base_job(asked)

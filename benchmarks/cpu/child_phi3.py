@@ -11,10 +11,12 @@ from torch import nn
 
 from phinetune.data import Example
 from phinetune.kernels import int8
+from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.model import adapt_model, attention, fast
 from phinetune.model.memory import Batch, layers_to_recompute, recompute
 from phinetune.model.quantise import quantised_layers
 from phinetune.recipe import PeftConfig, TrainingConfig
+from phinetune.train.estimate import expected_gb
 from phinetune.train.loop import training_step
 from phinetune.train.memory import MemoryPeak, memory_in_use
 from phinetune.train.optimiser import make_optimizer, trainable_parameters
@@ -75,6 +77,7 @@ def main() -> None:
             for name, parameter in trainable_parameters(model).items():
                 if name.endswith("lora_B"):
                     parameter.normal_(0, STD)
+        keep_freed_memory()  # behind the weights, between which nothing is to be left free
         model.train()
         optimizer = make_optimizer(model, config, peft)
         made = {"seconds": time.perf_counter() - begin, "gb": memory.gb}
@@ -85,6 +88,7 @@ def main() -> None:
         if recomputed is None:
             recomputed = layers_to_recompute(model, batch, job["limit_gb"] * 1e9 - memory_in_use())
         recompute(model, recomputed)
+        expected = expected_gb(model, batch)
 
         def step(rows: list[list[int]], number: int) -> float:
             begin = time.perf_counter()
@@ -104,30 +108,19 @@ def main() -> None:
             profiled(step, rows, job["profile"])
             return
         seconds = [step(rows, 1)]
-        gb = memory.gb
-    result = {"made": made, "gb": gb, "recomputed": recomputed, "warmup": warmup, "expected_gb": expected(model, batch)}
-    if job["probe"]:
-        probe = Products(model, job["pack_tokens"])
-        rates = [probe.rate(), probe.rate()][1:]
-        for number in range(job["repeats"]):
-            seconds.append(step(rows, number + 2))
-            rates.append(probe.rate())
+        peak = memory.gb
+    result = {"made": made, "peak_gb": peak, "expected_gb": expected, "recomputed": recomputed, "warmup": warmup}
+    if job["probe"]:  # behind the peak, which the probe's own tensors would raise
+        probe = Products(model, min(job["pack_tokens"], batch.tokens))
+        probe.rate()
+        rates = [probe.rate()]
+        seconds.append(step(rows, 2))
+        rates.append(probe.rate())
         rate = len(rates) / sum(1 / rate for rate in rates)  # of seconds, not of rates
-        taken = sum(seconds[1:]) / job["repeats"]
-        tokens = job["rows"] * job["length"]
-        result |= {
-            "rate_gflops": rate / 1e9,
-            "rates": [rate / 1e9 for rate in rates],
-            "roofline": 4 * probe.weights * tokens / taken / rate,
-        }
+        flop = 4 * probe.weights * job["rows"] * job["length"]
+        result |= {"rates_gflops": [rate / 1e9 for rate in rates], "roofline": flop / seconds[-1] / rate}
     result |= {"seconds": seconds, "int8_layers": len(quantised_layers(model).int8)}
     job_io.answer(result | {"versions": job_io.versions("phinetune", "torch", "transformers")})
-
-
-def expected(model: Any, batch: Batch) -> float:
-    from phinetune.train.estimate import expected_gb
-
-    return expected_gb(model, batch)
 
 
 def profiled(step: Any, rows: list[list[int]], where: str) -> None:
