@@ -114,7 +114,8 @@ def main() -> None:
         probe = Products(model, min(job["pack_tokens"], batch.tokens))
         probe.rate()
         rates = [probe.rate()]
-        seconds.append(step(rows, 2))
+    seconds.append(step(rows, 2))
+    if job["probe"]:
         rates.append(probe.rate())
         rate = len(rates) / sum(1 / rate for rate in rates)  # of seconds, not of rates
         flop = 4 * probe.weights * job["rows"] * job["length"]
