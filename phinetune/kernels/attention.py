@@ -15,10 +15,12 @@ A segment of the line may continue another: examples that begin alike hold their
                               b [ 1 1 . . 1 . ]
                               b [ 1 1 . . 1 1 ]
 
-The square is never built.  On a CPU each segment is cut into blocks of queries, and blocks of about the same size are
-computed together: their queries and keys are gathered from the line, their scores are one batched product, their
-softmax one pass (packs.py says which block goes where).  At 64 to 1,024 tokens that is two to five times as fast as
-torch's flash kernel (Zen 5; docs/log.md).  Elsewhere each segment is a call of torch's own attention.
+The square is never built.  There are three ways: in bfloat16 on a CPU that multiplies it, a C++ kernel (flash.py).  On
+other CPUs and in full precision, plain products: each segment is cut into blocks of queries, and blocks of about the
+same size are computed together: their queries and keys are gathered from the line, their scores are one batched
+product, their softmax one pass (packs.py says which block goes where).  At 64 to 1,024 tokens these products are two to
+five times as fast as torch's flash kernel, and ours two to three times as fast as they (Zen 5; docs/log.md).  Elsewhere
+each segment is a call of torch's own attention.
 
 Shape suffixes: T tokens of the line, H query heads, K key-value heads, J = H + 2K heads of q, k and v side by side,
 D head width; of a group of blocks: N blocks, G query heads a key-value head (H = K·G), Q queries and S keys of a block.
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phinetune.kernels import flash
 from phinetune.kernels.compiled import compiled
 from phinetune.kernels.packs import Group, Pack, Path, pack_of
 from phinetune.kernels.rotary import rotate, rotate_backward
@@ -56,7 +59,7 @@ def packed_attention(
     if q_THD.device.type != "cpu":
         return _by_torch(q_THD, k_TKD, v_TKD, paths, scaling, window)
     qkv_TJD = torch.cat([q_THD, k_TKD, v_TKD], dim=1)
-    return cast(Tensor, _PackedAttention.apply(qkv_TJD, None, None, k_TKD.shape[1], paths, scaling, window))
+    return _on_cpu(qkv_TJD, None, None, k_TKD.shape[1], paths, scaling, window)
 
 
 def rotary_attention(
@@ -82,7 +85,7 @@ def rotary_attention(
     """
     qkv_TJD = qkv_TN.view(qkv_TN.shape[0], -1, head_width or cos_TR.shape[1])
     if qkv_TN.device.type == "cpu":
-        out_THD = cast(Tensor, _PackedAttention.apply(qkv_TJD, cos_TR, sin_TR, kv_heads, paths, scaling, window))
+        out_THD = _on_cpu(qkv_TJD, cos_TR, sin_TR, kv_heads, paths, scaling, window)
     else:
         turned_TJD = rotate(qkv_TJD, cos_TR, sin_TR, qkv_TJD.shape[1] - kv_heads)
         sizes = [qkv_TJD.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
@@ -105,6 +108,20 @@ def packed_attention_reference(
     scores_HTT = torch.einsum("qhd,khd->hqk", q_THD, k_THD).float() * scaling
     weights_HTT = scores_HTT.masked_fill(~seen_TT, float("-inf")).softmax(-1).to(q_THD.dtype)
     return torch.einsum("hqk,khd->qhd", weights_HTT, v_THD)
+
+
+def _on_cpu(
+    qkv_TJD: Tensor,
+    cos_TR: Tensor | None,
+    sin_TR: Tensor | None,
+    kv_heads: int,
+    paths: Sequence[Path],
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    if flash.serves(qkv_TJD):
+        return flash.flash_attention(qkv_TJD, cos_TR, sin_TR, kv_heads, paths, scaling, window)
+    return cast(Tensor, _PackedAttention.apply(qkv_TJD, cos_TR, sin_TR, kv_heads, paths, scaling, window))
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -1,0 +1,155 @@
+"""Packed attention in bfloat16 by a C++ kernel (cpp/attention.cpp): nothing of the size of scores reaches memory.
+
+It keeps its input, its output and a number a head and token.  attention.py says what is computed; its plain products
+are the reference, and the way of machines and dtypes that this kernel isn't for.
+
+Shape suffixes as in attention.py; A angles, half of what is rotated of a head.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from phinetune.kernels import native
+from phinetune.kernels.packs import NO_WINDOW, Path
+
+VECTOR = 16  # a head is so many elements wide, or a multiple
+WIDEST = 256
+
+
+def serves(qkv_TJD: Tensor) -> bool:
+    """Whether the kernel computes this."""
+    return (
+        qkv_TJD.dtype is torch.bfloat16
+        and qkv_TJD.device.type == "cpu"
+        and qkv_TJD.shape[2] % VECTOR == 0
+        and qkv_TJD.shape[2] <= WIDEST
+        and native.library("attention") is not None
+    )
+
+
+def flash_attention(
+    qkv_TJD: Tensor,
+    cos_TR: Tensor | None,
+    sin_TR: Tensor | None,
+    kv_heads: int,
+    paths: Sequence[Path],
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    """Attention of queries, keys and values (T, H + 2K, D), the first two rotated where angles are given: (T, H, D)."""
+    settings = (kv_heads, tuple(map(tuple, paths)), scaling, window or NO_WINDOW)
+    return cast(Tensor, _FlashAttention.apply(qkv_TJD.contiguous(), _half(cos_TR), _half(sin_TR), settings))
+
+
+def _half(angles_TR: Tensor | None) -> Tensor | None:
+    """Both halves of transformers' cosines and sines are the same."""
+    return None if angles_TR is None else angles_TR[:, : angles_TR.shape[1] // 2].float().contiguous()
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_TJD: Tensor, cos_TA: Tensor | None, sin_TA: Tensor | None, settings: tuple[Any, ...]
+    ) -> Tensor:
+        line = _line(qkv_TJD, cos_TA, sin_TA, settings)
+        out_THD = qkv_TJD.new_empty(line.tokens, line.heads, line.width)
+        lse_HT = qkv_TJD.new_empty(line.heads, line.tokens, dtype=torch.float32)
+        _call("attention_forward", line, out_THD, lse_HT)
+        ctx.save_for_backward(qkv_TJD, cos_TA, sin_TA, out_THD, lse_HT)
+        ctx.settings = settings
+        return out_THD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_TJD, cos_TA, sin_TA, out_THD, lse_HT = ctx.saved_tensors
+        dqkv_TJD = torch.empty_like(qkv_TJD)
+        line = _line(qkv_TJD, cos_TA, sin_TA, ctx.settings)
+        _call("attention_backward", line, out_THD, lse_HT, dout_THD.contiguous(), dqkv_TJD)
+        return dqkv_TJD, None, None, None
+
+
+def _call(function: str, line: "_Line", *tensors: Tensor) -> None:
+    library = native.library("attention")
+    assert library is not None
+    getattr(library, function)(ctypes.byref(line), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
+
+
+class _Segment(ctypes.Structure):
+    """As in attention.cpp."""
+
+    _fields_ = [(n, ctypes.c_int) for n in ("start", "end", "packed", "position", "tree", "first_piece", "pieces")]
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("packed", "length", "position")]
+
+
+class _Line(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin")),
+        *((name, ctypes.c_int) for name in ("tokens", "heads", "kv_heads", "width", "turned", "threads")),
+        ("scaling", ctypes.c_float),
+        ("window", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("segments", "pieces")),
+        *((name, ctypes.c_int) for name in ("segment_count", "packed", "trees")),
+    ]
+
+
+class _Layout(NamedTuple):
+    """Segments and the pieces of their paths, as the kernel reads them."""
+
+    segments: Any
+    pieces: Any
+    packed: int
+    """Keys in all, each segment's rounded up to whole vectors."""
+    trees: int
+
+
+@functools.lru_cache(maxsize=4)
+def _layout(paths: tuple[tuple[tuple[int, int], ...], ...]) -> _Layout:
+    packed_at: dict[int, int] = {}
+    packed = 0
+    for *_, (start, end) in paths:
+        packed_at[start] = packed
+        packed += -(-(end - start) // VECTOR) * VECTOR
+    segments, pieces, trees = [], [], dict[int, int]()
+    for path in paths:
+        first, position = len(pieces), 0
+        for start, end in path:
+            pieces.append(_Piece(packed_at[start], end - start, position))
+            position += end - start
+        start, end = path[-1]
+        tree = trees.setdefault(path[0][0], len(trees))
+        segments.append(_Segment(start, end, packed_at[start], position - (end - start), tree, first, len(path)))
+    return _Layout((_Segment * len(segments))(*segments), (_Piece * len(pieces))(*pieces), packed, len(trees))
+
+
+def _line(qkv_TJD: Tensor, cos_TA: Tensor | None, sin_TA: Tensor | None, settings: tuple[Any, ...]) -> _Line:
+    kv_heads, paths, scaling, window = settings
+    layout = _layout(paths)
+    tokens, heads, width = qkv_TJD.shape
+    return _Line(
+        qkv_TJD.data_ptr(),
+        0 if cos_TA is None else cos_TA.data_ptr(),
+        0 if sin_TA is None else sin_TA.data_ptr(),
+        tokens,
+        heads - 2 * kv_heads,
+        kv_heads,
+        width,
+        0 if cos_TA is None else cos_TA.shape[1],
+        torch.get_num_threads(),
+        scaling,
+        window,
+        ctypes.cast(layout.segments, ctypes.c_void_p),
+        ctypes.cast(layout.pieces, ctypes.c_void_p),
+        len(layout.segments),
+        layout.packed,
+        layout.trees,
+    )

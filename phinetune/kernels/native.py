@@ -1,0 +1,70 @@
+"""C++ kernels (the folder cpp/), compiled for this machine by its own compiler when they are first needed.
+
+A kernel is used where the machine has the instructions that it is written in and a compiler; elsewhere its caller goes
+another way, which computes the same.  What is compiled is kept in phinetune's cache folder, under a digest of the
+source, the compiler and the processor.  `PHINETUNE_COMPILE=0` does without, as for `compiled`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from phinetune.files import cache_folder
+
+SOURCES = Path(__file__).parent / "cpp"
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The functions of cpp/NAME.cpp; None where this machine can't run or compile them (said once, at warning level,
+    where only the compiler is wanting)."""
+    if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or not torch.cpu._is_avx512_bf16_supported():
+        return None
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        log.warning(f"no C++ compiler (g++, clang++), so the kernel {name!r} isn't used, which makes training slower")
+        return None
+    try:
+        return ctypes.CDLL(str(_compile(name, compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        log.warning(f"{compiler} doesn't make the kernel {name!r} ({said[0] if said else error}): training is slower")
+        return None
+
+
+def _compile(name: str, compiler: str) -> Path:
+    files = sorted(SOURCES.glob("*.h")) + [SOURCES / f"{name}.cpp"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_of = [*FLAGS, compiler, version, _processor(), *(file.read_text(encoding="utf-8") for file in files)]
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    folder = cache_folder() / "kernels"
+    made = folder / f"{name}-{digest}.so"
+    if made.is_file():
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as working:  # renamed when whole: others may be at it, too
+        unfinished = Path(working) / made.name
+        command = [compiler, *FLAGS, str(files[-1]), "-o", str(unfinished)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        unfinished.replace(made)
+    return made
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("flags", "model name", "cpu family"))))
