@@ -4,6 +4,8 @@
     linear_add       attention's output -> o, added to the residual
     norm_gated_mlp   x -> norm -> gate, up -> silu(gate) · up -> down, added to x
 
+In bfloat16 on a CPU they are C++ (blockwise.py); here they are in plain products, for everything else.
+
 Each keeps what can't be made again cheaply: its input, the thin products x Aᵀ, the norm's statistics, and of the MLP
 gate and up.  Norms and activations are made again in the backward pass, where they cost a pass over memory.  Base
 weights are frozen.  The plain way is transformers' own layer with LoRA layers in it, which tests compare.
@@ -20,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from phinetune.kernels.gated import silu_mul, silu_mul_backward
 from phinetune.kernels.linear import add_input_gradient_, input_gradient, linear
 from phinetune.kernels.norm import rms_norm, rms_norm_again, rms_norm_backward
+from phinetune.lora import blockwise
 from phinetune.lora.functional import (
     Projection,
     add_low_rank_,
@@ -32,23 +35,24 @@ from phinetune.lora.functional import (
 
 def norm_linears(x_TD: Tensor, norm_weight_D: Tensor, eps: float, layers: Projection) -> Tensor:
     """RMSNorm and the layers that read it, (T, N)."""
-    return cast(Tensor, _NormLinears.apply(layers, eps, x_TD, norm_weight_D, *_trained(layers)))
+    if blockwise.serves(x_TD, layers):
+        return blockwise.norm_linears(x_TD, norm_weight_D, eps, layers)
+    return cast(Tensor, _NormLinears.apply(layers, eps, x_TD, norm_weight_D, *layers.trained))
 
 
 def linear_add(x_TK: Tensor, residual_TN: Tensor, layer: Projection) -> Tensor:
     """residual + layer(x), (T, N)."""
-    return cast(Tensor, _LinearAdd.apply(layer, x_TK, residual_TN, *_trained(layer)))
+    if blockwise.serves(x_TK, layer):
+        return blockwise.linear_add(x_TK, residual_TN, layer)
+    return cast(Tensor, _LinearAdd.apply(layer, x_TK, residual_TN, *layer.trained))
 
 
 def norm_gated_mlp(x_TD: Tensor, norm_weight_D: Tensor, eps: float, gate_up: Projection, down: Projection) -> Tensor:
     """x + down(silu(gate(norm(x))) · up(norm(x))), (T, D)."""
-    trained = *_trained(gate_up), *_trained(down)
+    if blockwise.serves(x_TD, gate_up, down):
+        return blockwise.norm_gated_mlp(x_TD, norm_weight_D, eps, gate_up, down)
+    trained = *gate_up.trained, *down.trained
     return cast(Tensor, _NormGatedMLP.apply(gate_up, down, eps, x_TD, norm_weight_D, *trained))
-
-
-def _trained(layers: Projection) -> tuple[Tensor | None, Tensor | None]:
-    """A and B as autograd's arguments."""
-    return (None, None) if layers.factors is None else (layers.factors.lora_A, layers.factors.lora_B)
 
 
 class _Kept(NamedTuple):

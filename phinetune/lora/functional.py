@@ -71,6 +71,11 @@ class Projection(NamedTuple):
         ends = list(itertools.accumulate(weight.shape[0] for weight in self.weights))
         return [slice(end - weight.shape[0], end) for end, weight in zip(ends, self.weights, strict=True)]
 
+    @property
+    def trained(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B, as an autograd function is given them."""
+        return (None, None) if self.factors is None else (self.factors.lora_A, self.factors.lora_B)
+
 
 def stack(terms: Iterable[tuple[Factors, float]]) -> Factors:
     """Σ weight · update as one update: the As and Bs one behind the other. A single one costs no copy."""

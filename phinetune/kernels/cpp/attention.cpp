@@ -84,23 +84,6 @@ void write_unrotated(const Line& line, const float* x, int token, bf16* to) {
     for (int d = 0; d < line.width; d += 16) store(to + d, _mm512_loadu_ps(x + d));
 }
 
-// Rows of bfloat16 (16 keys × D) -> pairs along D, keys side by side: (D/2, 16), each row `to_row` from the next.
-void turn_16(const bf16* rows, int width, pair* to) {
-    const __m512i places =
-        _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(width / 2));
-    for (int k = 0; k < width / 2; k++)
-        _mm512_storeu_si512(to + k * 16, _mm512_i32gather_epi32(places, (const int*)rows + k, 4));
-}
-
-// Rows of bfloat16 -> pairs of rows side by side: (rows/2, D).
-void pair_rows(const bf16* rows, int count, int width, pair* to) {
-    for (int i = 0; i < count; i += 2)
-        for (int d = 0; d < width; d += 16)
-            _mm512_storeu_si512(to + (long)i / 2 * width + d,
-                                paired(_mm256_loadu_si256((const __m256i*)(rows + (long)i * width + d)),
-                                       _mm256_loadu_si256((const __m256i*)(rows + (long)(i + 1) * width + d))));
-}
-
 // Keys and values of a key-value head as the products want them; `across`: pairs along D, (D/2, packed keys);
 // `along`: pairs of keys, (packed keys / 2, D). Null where not wanted.
 struct Packed {
@@ -123,8 +106,8 @@ void pack_segment(const Line& line, const Segment& segment, int kv_head, const P
                     read_rotated(line, start + i, head, rows + i * width);
             }
             std::memset(rows + count * width, 0, sizeof(bf16) * (16 - count) * width);
-            if (across) turn_16(rows, width, across + (long)packed / 2 * width);
-            if (along) pair_rows(rows, 16, width, along + (long)packed / 2 * width);
+            if (across) pair_across(rows, width, width, across + (long)packed / 2 * width);
+            if (along) pair_along(rows, width, 16, width, along + (long)packed / 2 * width);
         }
     }
 }
@@ -157,13 +140,6 @@ void for_key_blocks(const Line& line, const Segment& segment, int begin, int end
         }
     }
 }
-
-template <class T>
-struct Scratch {
-    explicit Scratch(size_t count) : data((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {}
-    ~Scratch() { std::free(data); }
-    T* data;
-};
 
 struct Task {
     int segment, begin, end;
@@ -318,8 +294,8 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                             std::memset(q.data + count * width, 0, sizeof(bf16) * width);
                             std::memset(dy.data + count * width, 0, sizeof(bf16) * width);
                         }
-                        pair_rows(q.data, even, width, q_pairs.data);
-                        pair_rows(dy.data, even, width, dout_pairs.data);
+                        pair_along(q.data, width, even, width, q_pairs.data);
+                        pair_along(dy.data, width, even, width, dout_pairs.data);
                         std::memset(dq.data, 0, sizeof(float) * count * width);
                         const __m512 scale = _mm512_set1_ps(line.scaling * LOG2_E), scaling = _mm512_set1_ps(line.scaling);
                         for_key_blocks(line, segment, begin, end, [&](const Sight& sight, int key_index) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 using bf16 = uint16_t;
 using pair = uint32_t;  // two bfloat16 that are multiplied and added together, the first in the low half
@@ -44,29 +45,39 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
+// Pairs [0, main) and [from, to) behind them: what a sum runs over.
+struct Pairs {
+    int main, from, to;
+    Pairs(int main, int from = 0, int to = 0) : main(main), from(from), to(to) {}
+};
+
 // c (M × 16·NV, fp32) = a b, or += where ADD.
 // a's pairs lie at a[m * a_row + k * a_step], b's vectors of 16 columns at b[k * b_row + n * b_vector], c at c[m * c_row].
 template <int M, int NV, bool ADD>
-inline void multiply_tile(const pair* a, long a_row, long a_step, const pair* b, long b_row, long b_vector, float* c, long c_row,
-                          int pairs) {
+inline void multiply_tile(const pair* a, long a_row, long a_step, const pair* b, long b_row, long b_vector, float* c,
+                          long c_row, Pairs pairs) {
     __m512 sum[M][NV];
     for (int m = 0; m < M; m++)
         for (int n = 0; n < NV; n++) sum[m][n] = ADD ? _mm512_loadu_ps(c + m * c_row + 16 * n) : _mm512_setzero_ps();
-    for (int k = 0; k < pairs; k++) {
-        __m512bh of_b[NV];
-        for (int n = 0; n < NV; n++) of_b[n] = (__m512bh)_mm512_loadu_si512(b + k * b_row + n * b_vector);
-        for (int m = 0; m < M; m++) {
-            const __m512bh of_a = (__m512bh)_mm512_set1_epi32(a[m * a_row + k * a_step]);
-            for (int n = 0; n < NV; n++) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], of_a, of_b[n]);
+    int k = 0;
+    for (int end : {pairs.main, pairs.to}) {
+        for (; k < end; k++) {
+            __m512bh of_b[NV];
+            for (int n = 0; n < NV; n++) of_b[n] = (__m512bh)_mm512_loadu_si512(b + k * b_row + n * b_vector);
+            for (int m = 0; m < M; m++) {
+                const __m512bh of_a = (__m512bh)_mm512_set1_epi32(a[m * a_row + k * a_step]);
+                for (int n = 0; n < NV; n++) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], of_a, of_b[n]);
+            }
         }
+        k = pairs.from;
     }
     for (int m = 0; m < M; m++)
         for (int n = 0; n < NV; n++) _mm512_storeu_ps(c + m * c_row + 16 * n, sum[m][n]);
 }
 
 template <int NV, bool ADD, int M>
-inline void multiply_rows(int rows, const pair* a, long a_row, long a_step, const pair* b, long b_row, long b_vector, float* c,
-                          long c_row, int pairs) {
+inline void multiply_rows(int rows, const pair* a, long a_row, long a_step, const pair* b, long b_row, long b_vector,
+                          float* c, long c_row, Pairs pairs) {
     if constexpr (M > 0) {
         if (rows == M) return multiply_tile<M, NV, ADD>(a, a_row, a_step, b, b_row, b_vector, c, c_row, pairs);
         multiply_rows<NV, ADD, M - 1>(rows, a, a_row, a_step, b, b_row, b_vector, c, c_row, pairs);
@@ -74,21 +85,20 @@ inline void multiply_rows(int rows, const pair* a, long a_row, long a_step, cons
 }
 
 template <int NV, bool ADD>
-inline void multiply_columns(int rows, const pair* a, long a_row, long a_step, const pair* b, long b_row, long b_vector, float* c,
-                             long c_row, int pairs) {
+inline void multiply_columns(int rows, const pair* a, long a_row, long a_step, const pair* b, long b_row,
+                             long b_vector, float* c, long c_row, Pairs pairs) {
     constexpr int M = NV == 4 ? 6 : 8;  // as many sums as registers hold
     for (int m = 0; m < rows; m += M)
-        multiply_rows<NV, ADD, M>(std::min(M, rows - m), a + m * a_row, a_row, a_step, b, b_row, b_vector, c + m * c_row, c_row,
-                                  pairs);
+        multiply_rows<NV, ADD, M>(std::min(M, rows - m), a + m * a_row, a_row, a_step, b, b_row, b_vector,
+                                  c + m * c_row, c_row, pairs);
 }
 
 // The same for any number of rows and `vectors` × 16 columns.
 template <bool ADD>
-inline void multiply(int rows, int vectors, int pairs, const pair* a, long a_row, long a_step, const pair* b,
+inline void multiply(int rows, int vectors, Pairs pairs, const pair* a, long a_row, long a_step, const pair* b,
                      long b_row, long b_vector, float* c, long c_row) {
     for (int n = 0; n < vectors;) {
-        const int left = vectors - n;
-        const int nv = left == 6 || left == 3 ? 3 : left == 5 ? 3 : std::min(left, 4);
+        const int left = vectors - n, nv = left == 5 || left == 6 ? 3 : std::min(left, 4);
         const pair* b_n = b + n * b_vector;
         float* c_n = c + 16 * n;
         if (nv == 4) multiply_columns<4, ADD>(rows, a, a_row, a_step, b_n, b_row, b_vector, c_n, c_row, pairs);
@@ -98,3 +108,56 @@ inline void multiply(int rows, int vectors, int pairs, const pair* a, long a_row
         n += nv;
     }
 }
+
+// A 16 × 16 matrix of pairs, a row a register, turned over.
+inline void transpose(__m512i rows[16]) {
+    __m512i two[16], four[16];
+    for (int i = 0; i < 16; i += 2) {
+        two[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        two[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            four[i + 2 * j] = _mm512_unpacklo_epi64(two[i + j], two[i + j + 2]);
+            four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
+        }
+    for (int j = 0; j < 4; j++) {
+        const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
+        rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        rows[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        rows[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+}
+
+// 16 rows of bfloat16, `stride` apart -> pairs along the row, rows side by side: (width/2, 16).
+inline void pair_across(const bf16* rows, long stride, int width, pair* to) {
+    int k = 0;
+    for (; k + 16 <= width / 2; k += 16) {
+        __m512i block[16];
+        for (int i = 0; i < 16; i++) block[i] = _mm512_loadu_si512(rows + i * stride + 2 * k);
+        transpose(block);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (k + i) * 16, block[i]);
+    }
+    for (; k < width / 2; k++)
+        for (int i = 0; i < 16; i++) to[k * 16 + i] = *(const pair*)(rows + i * stride + 2 * k);
+}
+
+// Rows of bfloat16, `stride` apart, an even number of them -> pairs of rows: (count/2, width).
+inline void pair_along(const bf16* rows, long stride, int count, int width, pair* to) {
+    for (int i = 0; i < count; i += 2)
+        for (int d = 0; d < width; d += 16)
+            _mm512_storeu_si512(to + (long)i / 2 * width + d,
+                                paired(_mm256_loadu_si256((const __m256i*)(rows + i * stride + d)),
+                                       _mm256_loadu_si256((const __m256i*)(rows + (i + 1) * stride + d))));
+}
+
+template <class T>
+struct Scratch {
+    explicit Scratch(size_t count) : data((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {}
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { std::free(data); }
+    T* data;
+};
