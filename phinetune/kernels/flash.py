@@ -60,7 +60,7 @@ class _FlashAttention(torch.autograd.Function):
         line = _line(qkv_TJD, cos_TA, sin_TA, settings)
         out_THD = qkv_TJD.new_empty(line.tokens, line.heads, line.width)
         lse_HT = qkv_TJD.new_empty(line.heads, line.tokens, dtype=torch.float32)
-        _call("attention_forward", line, out_THD, lse_HT)
+        native.call("attention", "attention_forward", ctypes.byref(line), out_THD, lse_HT)
         ctx.save_for_backward(qkv_TJD, cos_TA, sin_TA, out_THD, lse_HT)
         ctx.settings = settings
         return out_THD
@@ -71,14 +71,9 @@ class _FlashAttention(torch.autograd.Function):
         qkv_TJD, cos_TA, sin_TA, out_THD, lse_HT = ctx.saved_tensors
         dqkv_TJD = torch.empty_like(qkv_TJD)
         line = _line(qkv_TJD, cos_TA, sin_TA, ctx.settings)
-        _call("attention_backward", line, out_THD, lse_HT, dout_THD.contiguous(), dqkv_TJD)
+        kept = out_THD, lse_HT, dout_THD.contiguous()
+        native.call("attention", "attention_backward", ctypes.byref(line), *kept, dqkv_TJD)
         return dqkv_TJD, None, None, None
-
-
-def _call(function: str, line: "_Line", *tensors: Tensor) -> None:
-    library = native.library("attention")
-    assert library is not None
-    getattr(library, function)(ctypes.byref(line), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
 
 
 class _Segment(ctypes.Structure):

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phinetune.kernels import native
 from phinetune.kernels.compiled import compiled
 from phinetune.kernels.linear import input_gradient, linear
 
+PANEL = 64  # words that the C++ head computes at a time
 CHUNK_BYTES = 48 << 20  # of logits: large enough for the product to run at full rate
 
 
@@ -65,24 +67,81 @@ def _sum_over_chunks(
 ) -> Tensor:
     """The loss; the gradient of `hidden_ND` is written into `dhidden_ND` where one is given."""
     tokens, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
-    chunk = min(max(1, CHUNK_BYTES // (hidden_ND.element_size() * vocabulary)), tokens)
-    buffer_CV = hidden_ND.new_empty(chunk, vocabulary)  # one for all chunks: new memory costs as much as a pass over it
+    most = max(1, CHUNK_BYTES // (hidden_ND.element_size() * vocabulary))
+    chunk_of = _native_chunk if _is_native(hidden_ND, weight_VD) else _chunk
+    times_N = hidden_ND.new_ones(tokens) if weights_N is None else weights_N
+    times_N = times_N.to(torch.promote_types(hidden_ND.dtype, torch.float32))
+    logits = _workspace(most * (vocabulary + PANEL), hidden_ND)
     total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-    for start in range(0, tokens, chunk):
-        rows = slice(start, min(start + chunk, tokens))
-        targets_C1 = targets_N[rows, None]
-        weights_C1 = None if weights_N is None else weights_N[rows, None]
-        logits_CV = linear(hidden_ND[rows], weight_VD, out=buffer_CV[: rows.stop - start])
-        lse_C1 = _log_sum_exp(logits_CV)
-        log_p_C1 = logits_CV.gather(1, targets_C1).to(lse_C1.dtype) - lse_C1
-        total -= log_p_C1.sum() if weights_C1 is None else (log_p_C1 * weights_C1).sum()
-        if dhidden_ND is not None:
-            times_C1 = torch.ones_like(lse_C1) if weights_C1 is None else weights_C1.to(lse_C1.dtype)
-            _softmax_(logits_CV, lse_C1, times_C1)
-            at_targets_C = (torch.expm1(log_p_C1) * times_C1)[:, 0].to(logits_CV.dtype)  # p − 1, not rounded before
-            logits_CV[torch.arange(len(logits_CV), device=logits_CV.device), targets_C1[:, 0]] = at_targets_C
-            dhidden_ND[rows] = input_gradient(logits_CV, weight_VD)
+    for start in range(0, tokens, most):
+        rows = slice(start, min(start + most, tokens))
+        dhidden_CD = None if dhidden_ND is None else dhidden_ND[rows]
+        log_p_C = chunk_of(hidden_ND[rows], weight_VD, targets_N[rows], times_N[rows], logits, dhidden_CD)
+        total -= (log_p_C * times_N[rows]).sum()
     return total
+
+
+def _chunk(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    targets_C: Tensor,
+    times_C: Tensor,
+    logits: Tensor,
+    dhidden_CD: Tensor | None,
+) -> Tensor:
+    """log p of the targets, (C,); the hidden states' gradients are written. `logits` is working memory for C × V."""
+    logits_CV = logits[: len(hidden_CD) * len(weight_VD)].view(len(hidden_CD), -1)
+    linear(hidden_CD, weight_VD, out=logits_CV)
+    lse_C1 = _log_sum_exp(logits_CV)
+    log_p_C = logits_CV.gather(1, targets_C[:, None])[:, 0].to(lse_C1.dtype) - lse_C1[:, 0]
+    if dhidden_CD is not None:
+        _softmax_(logits_CV, lse_C1, times_C[:, None])
+        at_target_C = torch.expm1(log_p_C) * times_C  # p − 1, not rounded before
+        logits_CV[torch.arange(len(logits_CV), device=logits_CV.device), targets_C] = at_target_C.to(logits_CV.dtype)
+        dhidden_CD.copy_(input_gradient(logits_CV, weight_VD))
+    return log_p_C
+
+
+def _native_chunk(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    targets_C: Tensor,
+    times_C: Tensor,
+    logits: Tensor,
+    dhidden_CD: Tensor | None,
+) -> Tensor:
+    """The same in C++, without a copy of the weight."""
+    sizes = *hidden_CD.shape, len(weight_VD), torch.get_num_threads()
+    lse_C, log_p_C = torch.empty(len(hidden_CD)), torch.empty(len(hidden_CD))
+    targets_C = targets_C.contiguous()
+    native.call("loss", "head_forward", *sizes, hidden_CD, weight_VD, targets_C, logits, lse_C, log_p_C)
+    if dhidden_CD is not None:
+        at_target_C = torch.expm1(log_p_C) * times_C
+        gradients = logits, weight_VD, lse_C, times_C.contiguous(), targets_C, at_target_C, dhidden_CD
+        native.call("loss", "head_backward", *sizes, *gradients)
+    return log_p_C
+
+
+def _is_native(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Whether cpp/loss.cpp is for these."""
+    tensors = hidden_ND, weight_VD
+    plain = all(type(t.detach()) is Tensor and t.dtype is torch.bfloat16 and t.is_contiguous() for t in tensors)
+    on_cpu = hidden_ND.device.type == "cpu" and hidden_ND.shape[1] % 16 == 0
+    return plain and on_cpu and native.library("loss") is not None
+
+
+_held: list[Tensor] = []
+
+
+def _workspace(elements: int, like: Tensor) -> Tensor:
+    """Working memory in the dtype of `like`. On a CPU it is one piece for the whole process: pieces that come and go
+    leave holes in the heap that nothing else of their size fills."""
+    if like.device.type != "cpu":
+        return like.new_empty(elements)
+    need = elements * like.element_size()
+    if not _held or _held[0].numel() < need:
+        _held[:] = [torch.empty(need, dtype=torch.uint8)]
+    return _held[0][:need].view(like.dtype)
 
 
 @compiled

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,19 @@ def library(name: str) -> ctypes.CDLL | None:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning(f"{compiler} doesn't make the kernel {name!r} ({said[0] if said else error}): training is slower")
         return None
+
+
+def call(name: str, function: str, *arguments: Any) -> None:
+    """A function of a library that is there: tensors go by their address, None as null, the rest as it is."""
+    found = library(name)
+    assert found is not None, f"{name} isn't compiled"
+    getattr(found, function)(*map(_as_c, arguments))
+
+
+def _as_c(argument: Any) -> Any:
+    if argument is None or isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return argument
 
 
 def _compile(name: str, compiler: str) -> Path:

@@ -143,15 +143,9 @@ def _draw(x_TK: Tensor, layers: Projection, width: int | None = None) -> Tensor 
 
 def _call(function: str, parts: Sequence["_Asked"], *arguments: Any, tokens: int | None = None) -> None:
     """The kernel's function on parts, tokens, threads, and tensors (null where None)."""
-    library = native.library("decoder")
-    assert library is not None
     tokens = len(arguments[0]) if tokens is None else tokens
-    pointers = [
-        ctypes.c_void_p(None if a is None else a.data_ptr()) if a is None or isinstance(a, Tensor) else a
-        for a in arguments
-    ]
     asked = [ctypes.byref(part.struct) for part in parts]
-    getattr(library, function)(*asked, tokens, torch.get_num_threads(), *pointers)
+    native.call("decoder", function, *asked, tokens, torch.get_num_threads(), *arguments)
 
 
 class _LowRank(ctypes.Structure):
