@@ -44,6 +44,10 @@ def training_step(
     Raises:
         FloatingPointError: before the update, if the loss or a gradient isn't finite.
     """
+    parameters = list(trainable_parameters(model).values())
+    for parameter in parameters:
+        if parameter.grad is None:  # kept for the whole run: made among activations they leave holes in the heap
+            parameter.grad = torch.zeros_like(parameter)
     supervised = supervised_tokens(examples)
     loss = 0.0
     for number, batch in enumerate(flat_batches(model, examples, max_batch_tokens)):
@@ -52,14 +56,13 @@ def training_step(
         batch_loss.backward()
         loss += batch_loss.item()
 
-    parameters = list(trainable_parameters(model).values())
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_factor", 1.0)
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     return loss, grad_norm
 
 

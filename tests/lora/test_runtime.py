@@ -242,6 +242,7 @@ def ddp_worker(rank, world, port, folder):
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, folder / "grads.pt")
         torch.save((model, rows), folder / "model.pt")
+    dist.barrier()  # gloo aborts a process whose peer is still at work
     dist.destroy_process_group()
 
 
