@@ -38,7 +38,13 @@ TOLERANCE = 1e-5
 # What ours is without one of its techniques: settings of the child, and environment variables.
 ABLATIONS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "a row at a time": ({"pack_tokens": 1}, {}),
+    "each row its own beginning": ({"without": ["sharing"]}, {}),
+    "attention by plain products": ({"without": ["attention"]}, {}),
+    "layers by plain products": ({"without": ["decoder"]}, {}),
+    "loss head by plain products": ({"without": ["loss"]}, {}),
+    "no C++ at all": ({"without": ["attention", "decoder", "loss"]}, {}),
     "nothing compiled": ({}, {"PHINETUNE_COMPILE": "0"}),
+    "freed memory given back": ({"without": ["allocator"]}, {"THP_MEM_ALLOC_ENABLE": "0"}),
 }
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phinetune.data import Example
-from phinetune.kernels.allocator import keep_freed_memory
+from phinetune.data import Example, batches
+from phinetune.kernels import allocator, native
 from phinetune.model import adapt_model, flat_batches, load_model
 from phinetune.recipe import ModelKwargs, PeftConfig, TrainingConfig
 from phinetune.train.loop import training_step
@@ -23,11 +23,24 @@ from phinetune.train.optimiser import make_optimizer, trainable_parameters
 PROBED_LAYERS = 6  # of how many layers the products are timed: enough that no weight stays in a cache
 
 
+def leave_out(technique: str) -> None:
+    """Ours without one of its techniques."""
+    if technique == "sharing":
+        batches.lay_out.__defaults__ = (*batches.lay_out.__defaults__[:-1], 1 << 30)
+    elif technique == "allocator":
+        allocator.keep_freed_memory = lambda: False
+    else:
+        there = native.library
+        native.library = lambda name: None if name == technique else there(name)
+
+
 class Trainee:
     """The adapted model with its optimiser, and one step of it."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        keep_freed_memory()  # as `train` does
+        for technique in job.get("without", []):
+            leave_out(technique)
+        allocator.keep_freed_memory()  # as `train` does
         settings = ModelKwargs(dtype=job["dtype"], **job.get("model_kwargs", {}))
         peft = PeftConfig(r=job["r"], lora_alpha=job["lora_alpha"], lora_dropout=0.0, target_modules="all-linear")
         config = TrainingConfig(learning_rate=job["learning_rate"], optim="adamw_torch_fused")

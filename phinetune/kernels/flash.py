@@ -44,7 +44,7 @@ def flash_attention(
 ) -> Tensor:
     """Attention of queries, keys and values (T, H + 2K, D), the first two rotated where angles are given: (T, H, D)."""
     settings = (kv_heads, tuple(map(tuple, paths)), scaling, window or NO_WINDOW)
-    return cast(Tensor, _FlashAttention.apply(qkv_TJD.contiguous(), _half(cos_TR), _half(sin_TR), settings))
+    return cast(Tensor, _FlashAttention.apply(qkv_TJD.contiguous(), cos_TR, sin_TR, settings))
 
 
 def _half(angles_TR: Tensor | None) -> Tensor | None:
@@ -55,22 +55,22 @@ def _half(angles_TR: Tensor | None) -> Tensor | None:
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv_TJD: Tensor, cos_TA: Tensor | None, sin_TA: Tensor | None, settings: tuple[Any, ...]
+        ctx: Any, qkv_TJD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, settings: tuple[Any, ...]
     ) -> Tensor:
-        line = _line(qkv_TJD, cos_TA, sin_TA, settings)
+        line, _held = _line(qkv_TJD, _half(cos_TR), _half(sin_TR), settings)
         out_THD = qkv_TJD.new_empty(line.tokens, line.heads, line.width)
         lse_HT = qkv_TJD.new_empty(line.heads, line.tokens, dtype=torch.float32)
         native.call("attention", "attention_forward", ctypes.byref(line), out_THD, lse_HT)
-        ctx.save_for_backward(qkv_TJD, cos_TA, sin_TA, out_THD, lse_HT)
+        ctx.save_for_backward(qkv_TJD, cos_TR, sin_TR, out_THD, lse_HT)  # all layers keep the same angles
         ctx.settings = settings
         return out_THD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_TJD, cos_TA, sin_TA, out_THD, lse_HT = ctx.saved_tensors
+        qkv_TJD, cos_TR, sin_TR, out_THD, lse_HT = ctx.saved_tensors
         dqkv_TJD = torch.empty_like(qkv_TJD)
-        line = _line(qkv_TJD, cos_TA, sin_TA, ctx.settings)
+        line, _held = _line(qkv_TJD, _half(cos_TR), _half(sin_TR), ctx.settings)
         kept = out_THD, lse_HT, dout_THD.contiguous()
         native.call("attention", "attention_backward", ctypes.byref(line), *kept, dqkv_TJD)
         return dqkv_TJD, None, None, None
@@ -114,7 +114,9 @@ def _layout(paths: tuple[tuple[tuple[int, int], ...], ...]) -> _Layout:
     for *_, (start, end) in paths:
         packed_at[start] = packed
         packed += -(-(end - start) // VECTOR) * VECTOR
-    segments, pieces, trees = [], [], dict[int, int]()
+    segments: list[_Segment] = []
+    pieces: list[_Piece] = []
+    trees: dict[int, int] = {}
     for path in paths:
         first, position = len(pieces), 0
         for start, end in path:
@@ -126,11 +128,14 @@ def _layout(paths: tuple[tuple[tuple[int, int], ...], ...]) -> _Layout:
     return _Layout((_Segment * len(segments))(*segments), (_Piece * len(pieces))(*pieces), packed, len(trees))
 
 
-def _line(qkv_TJD: Tensor, cos_TA: Tensor | None, sin_TA: Tensor | None, settings: tuple[Any, ...]) -> _Line:
+def _line(
+    qkv_TJD: Tensor, cos_TA: Tensor | None, sin_TA: Tensor | None, settings: tuple[Any, ...]
+) -> tuple[_Line, tuple[Any, ...]]:
+    """The line, and what must live as long."""
     kv_heads, paths, scaling, window = settings
     layout = _layout(paths)
     tokens, heads, width = qkv_TJD.shape
-    return _Line(
+    line = _Line(
         qkv_TJD.data_ptr(),
         0 if cos_TA is None else cos_TA.data_ptr(),
         0 if sin_TA is None else sin_TA.data_ptr(),
@@ -148,3 +153,4 @@ def _line(qkv_TJD: Tensor, cos_TA: Tensor | None, sin_TA: Tensor | None, setting
         layout.packed,
         layout.trees,
     )
+    return line, (qkv_TJD, cos_TA, sin_TA, layout)

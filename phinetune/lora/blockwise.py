@@ -189,7 +189,7 @@ class _Asked:
                 for b in part.factors.blocks
             ]
             blocks = (_LowRank * len(made))(*made)
-        self.held = [weights, rows := (ctypes.c_int * len(rows))(*rows), bias, lora_A, lora_B, blocks, keep_TK]
+        self.held = [weights, (ctypes.c_int * len(rows))(*rows), bias, lora_A, lora_B, blocks, keep_TK]
         self.struct = _Projection(
             part.weights[0].shape[1],
             self.outputs,

@@ -15,7 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from phinetune import lora
+from phinetune.kernels import flash
 from phinetune.kernels.attention import KEPT_KEYS
+from phinetune.kernels.flash import VECTOR
 from phinetune.kernels.loss import CHUNK_BYTES
 from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
 
@@ -34,7 +36,8 @@ def kept_by_a_layer(model: Any, batch: Batch) -> int:
     """Bytes that a decoder layer keeps for its gradients, its input among them.
 
     phinetune's own layers (phinetune.lora.decoder, phinetune.kernels.attention) keep both residual streams, q, k and v,
-    attention's output, gate and up, and of short rows attention's weights; under dropout a byte for each input of A.
+    attention's output, gate and up, the thin products x Aᵀ, and of short rows, where attention is plain products, its
+    weights; under dropout a byte for each input of A.
     transformers' eager layers with LoRA layers in them keep about 18 hidden and 4 intermediate widths.
     """
     config = model.config
@@ -43,9 +46,14 @@ def kept_by_a_layer(model: Any, batch: Batch) -> int:
         return (18 * hidden + 4 * intermediate) * element * batch.tokens
     heads, kv_heads, width = _heads(config)
     elements = 2 * hidden + (2 * heads + 2 * kv_heads) * width + 2 * intermediate
-    seen = min(batch.longest, KEPT_KEYS)
+    adapters = [a for _, layer in lora.lora_layers(model) for a in layer.adapters.values()]
+    ranks: int = sum(block.a.stop - block.a.start for a in adapters for block in a.blocks)
+    elements += ranks // len(decoder_layers(model))
+    if _has_flash(model):
+        elements += 4 * VECTOR + 2 * heads  # thin products in whole vectors; log-sum-exps
+    seen = 0 if _has_flash(model) else min(batch.longest, KEPT_KEYS)
     elements += heads * seen * (seen + min(seen, LARGEST_BLOCK)) // 2 // batch.longest
-    drops = any(a.lora_dropout > 0 for _, layer in lora.lora_layers(model) for a in layer.adapters.values())
+    drops = any(adapter.lora_dropout > 0 for adapter in adapters)
     masks = 2 * hidden + heads * width + intermediate if drops else 0
     return (elements * element + masks) * batch.tokens
 
@@ -71,9 +79,12 @@ def _worked_with(model: Any, batch: Batch) -> int:
     attention = 0
     if _has_fast_layers(model):
         heads, kv_heads, width = _heads(config)
-        queries = min(max(GROUP_SCORES // (heads * batch.longest), SMALLEST_BLOCK), LARGEST_BLOCK, batch.longest)
-        keys = batch.tokens * (batch.longest + queries) // (2 * queries)  # of all blocks of queries
-        attention = 4 * keys * kv_heads * width * element  # gradients of keys and values, and again side by side
+        if _has_flash(model):
+            attention = (2 * heads * 4 + 3 * kv_heads * element) * width * batch.tokens  # dk, dv; keys laid out
+        else:
+            queries = min(max(GROUP_SCORES // (heads * batch.longest), SMALLEST_BLOCK), LARGEST_BLOCK, batch.longest)
+            keys = batch.tokens * (batch.longest + queries) // (2 * queries)  # of all blocks of queries
+            attention = 4 * keys * kv_heads * width * element  # gradients of keys and values, and again side by side
     mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2) * element
     table = int(config.vocab_size) * hidden * element  # oneDNN multiplies by a copy of the weight
     head = 2 * CHUNK_BYTES + table + 5 * hidden * element * batch.tokens
@@ -112,6 +123,11 @@ def _has_fast_layers(model: nn.Module) -> bool:
     from phinetune.model.fast import FastLayer
 
     return any(isinstance(layer, FastLayer) for layer in decoder_layers(model))
+
+
+def _has_flash(model: Any) -> bool:
+    """Whether attention is the C++ kernel's."""
+    return flash.serves(torch.empty(0, 1, _heads(model.config)[2], dtype=model.dtype, device=model.device))
 
 
 def _intermediate(config: Any) -> int:

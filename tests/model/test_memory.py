@@ -57,10 +57,13 @@ def kept(model, batch):
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(("length", "rows"), [(64, 8), (256, 4), (1536, 1)])
-def test_what_a_layer_keeps_is_what_is_said(family, dropout, length, rows):
-    model = trainee(family, dropout, hidden_size=128, head_dim=32, intermediate_size=384)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_layer_keeps_is_what_is_said(family, dropout, length, rows, dtype):
+    model = trainee(family, dropout, hidden_size=128, head_dim=32, intermediate_size=384).to(dtype)
     batch = batch_of(model, length, rows)
-    head = 3 * 128 * 4 * length * rows  # the last norm's input and output, the gradient of what the head reads
+    head = (
+        3 * 128 * dtype.itemsize * length * rows
+    )  # the last norm's input and output, the gradient of what the head reads
     counted = (kept(model, batch) - head) / LAYERS
     assert 0.95 < kept_by_a_layer(model, Batch(length * rows, length)) / counted < 1.3
     for layers in (1, 3):

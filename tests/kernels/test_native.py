@@ -1,0 +1,159 @@
+"""The C++ kernels: packed attention and the loss head against float64, and what happens where they can't be made."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phinetune.kernels import attention, flash, loss, native, separate
+
+needs_kernels = pytest.mark.skipif(
+    native.library("attention") is None, reason="the C++ kernels need AVX512-BF16 and a C++ compiler"
+)
+ROUNDED = 6e-3  # of bfloat16 inputs' results, relative by norm
+
+# Segments that continue earlier ones, of odd lengths, over several blocks of 64 queries and 128 keys.
+TREE = [[(0, 140)], [(0, 140), (140, 205)], [(0, 140), (140, 205), (205, 220)], [(0, 140), (220, 229)], [(229, 360)]]
+
+
+def exact_attention(qkv, angles, kv_heads, paths, scaling, window):
+    """Softmax over the whole square in float64, of rotated queries and keys."""
+    heads = qkv.shape[1] - 2 * kv_heads
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    half = angles.shape[1]
+    a, b, rest = qkv[..., :half], qkv[..., half : 2 * half], qkv[..., 2 * half :]
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    q, k, v = turned[:, :heads], turned[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+    outs = []
+    for path in paths:
+        context = torch.cat([torch.arange(*piece) for piece in path])
+        start, end = path[-1]
+        own = torch.arange(len(context) - (end - start), len(context))[:, None]
+        seen = torch.arange(len(context))[None]
+        hidden = (seen > own) | (seen <= own - (window or 1 << 30))
+        for h in range(heads):
+            group = h // (heads // kv_heads)
+            scores = (q[start:end, h] @ k[context, group].T * scaling).masked_fill(hidden, -torch.inf)
+            outs.append(scores.softmax(-1) @ v[context, group])
+    return torch.cat([torch.stack(outs[i : i + heads], 1) for i in range(0, len(outs), heads)])
+
+
+def check_attention(paths, heads, kv_heads, width, turned, window):
+    torch.manual_seed(0)
+    tokens = paths[-1][-1][1]
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, width).bfloat16().requires_grad_()
+    angles = 3 * torch.randn(tokens, turned // 2)
+    cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+    assert flash.serves(qkv)
+    out = attention.rotary_attention(qkv.flatten(1), cos, sin, kv_heads, paths, 0.2, window, width)
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    exact = qkv.detach().double().requires_grad_()
+    reference = exact_attention(exact, angles.double(), kv_heads, paths, 0.2, window).flatten(1)
+    reference.backward(dout.double())
+    assert relative_error(out, reference) < ROUNDED
+    for ours, theirs in zip(
+        qkv.grad.split([heads, kv_heads, kv_heads], 1), exact.grad.split([heads, kv_heads, kv_heads], 1), strict=True
+    ):
+        if theirs.norm() > 1e-6 * tokens:  # a row of one token has no gradient for q and k
+            assert relative_error(ours, theirs) < ROUNDED
+        else:
+            assert ours.norm() < 1e-2 * tokens
+
+
+@needs_kernels
+@pytest.mark.parametrize(("width", "turned"), [(16, 16), (64, 64), (96, 96), (96, 72), (128, 96), (256, 16)])
+@pytest.mark.parametrize("window", [None, 1, 50, 150])
+@pytest.mark.parametrize("paths", [TREE, separate([0, 1, 64, 193, 450])], ids=["tree", "separate"])
+def test_attention(paths, width, turned, window):
+    check_attention(paths, 4, 2, width, turned, window)
+
+
+@needs_kernels
+@settings(max_examples=25, deadline=None)
+@given(
+    st.data(),
+    st.lists(st.integers(1, 150), min_size=1, max_size=5),
+    st.sampled_from([(4, 4), (6, 2), (3, 1)]),
+    st.sampled_from([None, 1, 30, 200]),
+)
+def test_attention_over_any_tree(data, lengths, heads, window):
+    bounds = [0, *itertools.accumulate(lengths)]
+    paths = []
+    for start, end in itertools.pairwise(bounds):
+        before = data.draw(st.sampled_from([[], *paths]))
+        paths.append([*before, (start, end)])
+    check_attention(paths, *heads, 32, 32, window)
+
+
+@needs_kernels
+@pytest.mark.parametrize("vocabulary", [1, 50, 64, 321, 1000])
+@pytest.mark.parametrize("tokens", [1, 7, 230])
+def test_the_loss_head(monkeypatch, tokens, vocabulary):
+    monkeypatch.setattr(
+        loss, "CHUNK_BYTES", 2 * vocabulary * 100
+    )  # a hundred tokens a chunk: more than a strip of rows
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 48).bfloat16().requires_grad_()
+    weight, targets = torch.randn(vocabulary, 48).bfloat16(), torch.randint(0, vocabulary, (tokens,))
+    weights = torch.randint(0, 4, (tokens,)).float()
+    assert loss._is_native(hidden, weight)
+    value = loss.linear_cross_entropy_sum(hidden, weight, targets, weights)
+    value.backward()
+    exact = hidden.detach().double().requires_grad_()
+    each = F.cross_entropy(exact @ weight.double().T, targets, reduction="none")
+    reference = (each * weights.double()).sum()
+    reference.backward()
+    assert abs(value.item() - reference.item()) <= 5e-3 * max(1.0, reference.item())
+    assert (hidden.grad.double() - exact.grad).norm() <= 1e-2 * exact.grad.norm() + 1e-4
+
+
+@needs_kernels
+def test_the_same_bits_again():
+    """Sums don't depend on which thread is first."""
+    torch.manual_seed(0)
+    qkv, angles = torch.randn(360, 12, 64).bfloat16(), torch.randn(360, 32)
+    cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+    hidden, weight, targets = torch.randn(360, 64).bfloat16(), torch.randn(500, 64).bfloat16(), torch.arange(360)
+    results = []
+    for _ in range(8):
+        x, h = qkv.clone().requires_grad_(), hidden.clone().requires_grad_()
+        attention.rotary_attention(x.flatten(1), cos, sin, 2, TREE, 0.2, None, 64).square().sum().backward()
+        loss.linear_cross_entropy_sum(h, weight, targets).backward()
+        results.append((x.grad, h.grad))
+    assert all(torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]) for a, b in results)
+
+
+@needs_kernels
+def test_what_is_not_finite_is_seen():
+    qkv = torch.randn(40, 6, 16).bfloat16()
+    qkv[7, 4, 3] = torch.nan  # a value of the first key-value head
+    out = attention.rotary_attention(
+        qkv.flatten(1), torch.ones(40, 16), torch.zeros(40, 16), 1, separate([0, 20, 40]), 1.0
+    )
+    seen = out.view(40, 4, 16).isnan().any(-1).all(-1)
+    assert seen.tolist() == [7 <= token < 20 for token in range(40)]
+    hidden, weight = torch.randn(5, 16).bfloat16(), torch.randn(70, 16).bfloat16()
+    hidden[2, 0] = torch.nan
+    assert loss.linear_cross_entropy_sum(hidden, weight, torch.arange(5)).isnan()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [({"PHINETUNE_COMPILE": "0"}, None), ({"CXX": "/bin/false"}, "/bin/false"), ({"CXX": "/no/such"}, "No such file")],
+)
+def test_without_a_compiler_there_are_no_kernels(environment, said, tmp_path):
+    code = "import logging; logging.basicConfig(); from phinetune.kernels import native; print(native.library('loss'))"
+    env = {"PATH": "/usr/bin:/bin", "PHINETUNE_CACHE": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+    if said is None or native.library("loss") is None:
+        assert "kernel" not in done.stderr
+    else:
+        assert said in done.stderr
