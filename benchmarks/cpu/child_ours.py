@@ -11,16 +11,14 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as phinetune's command lin
 import job_io
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from phinetune.data import Example, batches
 from phinetune.kernels import allocator, native
-from phinetune.model import adapt_model, flat_batches, load_model
+from phinetune.model import adapt_model, load_model
 from phinetune.recipe import ModelKwargs, PeftConfig, TrainingConfig
 from phinetune.train.loop import training_step
 from phinetune.train.optimiser import make_optimizer, trainable_parameters
-
-PROBED_LAYERS = 6  # of how many layers the products are timed: enough that no weight stays in a cache
+from phinetune.train.rates import Products, share_reached
 
 
 def leave_out(technique: str) -> None:
@@ -98,58 +96,16 @@ def speed(trainee: Trainee) -> dict[str, Any]:
 def roofline(trainee: Trainee) -> dict[str, Any]:
     """Our step and the model's own products in turns: 4 × weights × tokens a second, over the products' rate."""
     job = trainee.job
-    probe = Products(trainee.model, job["pack_tokens"])
-    rows, rows_a_step = job["rows"], job["rows_a_step"]
-    trainee.step(rows[:rows_a_step])
-    probe.rate()
-    seconds, tokens, rates = 0.0, 0, []
-    for number, step in enumerate(steps_of(rows, rows_a_step)):
-        rates.append(probe.rate())
-        seconds += trainee.step(step, number)[0]
-        # What is computed: a beginning that rows share is computed once.
-        tokens += sum(b.ids.numel() for b in flat_batches(trainee.model, examples_of(step), trainee.pack_tokens))
-        rates.append(probe.rate())
-    rate = len(rates) / sum(1 / r for r in rates)  # of seconds, not of rates
+    steps = [examples_of(step) for step in steps_of(job["rows"], job["rows_a_step"])]
+    share = share_reached(trainee.model, trainee.optimizer, steps, trainee.pack_tokens, job["learning_rate"])
     return {
-        "weights": probe.weights,
-        "tokens": tokens,
-        "seconds": seconds,
-        "rate_gflops": rate / 1e9,
-        "rate_gflops_spread": [min(rates) / 1e9, max(rates) / 1e9],
-        "achieved_gflops": 4 * probe.weights * tokens / seconds / 1e9,
-        "roofline": 4 * probe.weights * tokens / seconds / rate,
+        "tokens": share.tokens,
+        "seconds": share.seconds,
+        "rate_gflops": share.rate / 1e9,
+        "rate_gflops_spread": [min(share.rates) / 1e9, max(share.rates) / 1e9],
+        "achieved_gflops": share.achieved / 1e9,
+        "roofline": share.of_rate,
     }
-
-
-class Products:
-    """The forward product x Wᵀ and dX = dY W of the base's linears and the head at a number of tokens.
-
-    Each weight stands for all of its shape, so the mean is weighted by FLOP.
-    """
-
-    def __init__(self, model: Any, tokens: int) -> None:
-        linears: dict[tuple[int, ...], list[Tensor]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and not parameter.requires_grad and "embed" not in name and "lm_head" not in name:
-                linears.setdefault(tuple(parameter.shape), []).append(parameter.detach())
-        head = model.get_output_embeddings().weight.detach()
-        shapes = [*linears.values(), [head]]
-        self.weights = sum(weight.numel() for same in shapes for weight in same)
-        self.flop = 4 * tokens * self.weights
-        self.timed = [(same[:: max(1, len(same) // PROBED_LAYERS)], len(same)) for same in shapes]
-        self.inputs = {n: torch.randn(tokens, n, dtype=head.dtype) for same in shapes for n in same[0].shape}
-
-    def rate(self) -> float:
-        """FLOP a second."""
-        total = 0.0
-        with torch.no_grad():
-            for some, count in self.timed:
-                begin = time.perf_counter()
-                for weight in some:
-                    F.linear(self.inputs[weight.shape[1]], weight)
-                    torch.mm(self.inputs[weight.shape[0]], weight)
-                total += (time.perf_counter() - begin) * count / len(some)
-        return self.flop / total
 
 
 def cost(trainee: Trainee) -> dict[str, Any]:

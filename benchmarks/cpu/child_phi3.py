@@ -6,7 +6,6 @@ from typing import Any
 
 import job_io
 import torch
-from child_ours import Products
 from torch import nn
 
 from phinetune.data import Example
@@ -20,6 +19,7 @@ from phinetune.train.estimate import expected_gb
 from phinetune.train.loop import training_step
 from phinetune.train.memory import MemoryPeak, memory_in_use
 from phinetune.train.optimiser import make_optimizer, trainable_parameters
+from phinetune.train.rates import Products
 
 STD = 0.02
 DRAWN = 1 << 24  # numbers, from which all weights are taken: drawing each would take a minute

@@ -156,6 +156,19 @@ def evaluate(
 
 
 @app.command()
+def doctor(
+    training: Annotated[
+        bool, typer.Option("--training/--no-training", help="Also train a little, for its speed.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Say what this machine is, how it is used, and how much of its speed training reaches."""
+    from phinetune.cli.doctor import run_doctor
+
+    run_doctor(training, json)
+
+
+@app.command()
 def chat(
     run: Annotated[str, typer.Argument(help="A run's output folder, an adapter folder, or a model.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this one thing and end.")] = None,

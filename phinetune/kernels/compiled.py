@@ -33,7 +33,7 @@ def compiled(function: Function) -> Function:
     @functools.wraps(function)
     def call(first: Tensor, *more: Any) -> Any:
         small = first.numel() < SMALLEST or first.device.type != "cpu"
-        if small or torch.is_grad_enabled() or not _can_compile() or torch.compiler.is_compiling():
+        if small or torch.is_grad_enabled() or not can_compile() or torch.compiler.is_compiling():
             return function(first, *more)
         return _compile(function)(*(a.detach() if isinstance(a, Tensor) else a for a in (first, *more)))
 
@@ -48,7 +48,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _can_compile() -> bool:
+def can_compile() -> bool:
     """Whether there is a C++ compiler that makes something; PHINETUNE_COMPILE=0 does without."""
     if os.environ.get("PHINETUNE_COMPILE", "1") == "0":
         return False

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 
 from phinetune import lora
+from phinetune.kernels import native
 from phinetune.kernels.products import product
 from phinetune.model.memory import Batch, bytes_to_come
 from phinetune.train.memory import memory_in_use
 
-# Share of the machine's matrix-product rate that a whole training step reaches: 0.44 measured on SmolLM2-135M in
-# fp32, flat batches of 1,024 tokens, 2 CPU cores (docs/log.md).
-SHARE_OF_RATE = 0.44
+# Share of the machine's matrix-product rate that a whole training step reaches, measured on SmolLM2-135M with flat
+# batches of 1,024 tokens on 2 CPU cores: in fp32, and in bfloat16 with the C++ kernels (docs/log.md).
+SHARE_OF_RATE, SHARE_WITH_KERNELS = 0.44, 0.7
 
 
 def expected_seconds(model: Any, tokens: int, supervised: int) -> float:
@@ -25,7 +26,13 @@ def expected_seconds(model: Any, tokens: int, supervised: int) -> float:
     head = model.get_output_embeddings()
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     flop = 4 * weights * tokens + 4 * supervised * (head.weight.numel() if head is not None else 0)
-    return flop / (product_rate(model) * SHARE_OF_RATE)
+    share = SHARE_WITH_KERNELS if model.device.type == "cpu" and has_kernels(model.dtype) else SHARE_OF_RATE
+    return flop / (product_rate(model) * share)
+
+
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether training on this CPU goes by the C++ kernels."""
+    return dtype is torch.bfloat16 and native.library("decoder") is not None
 
 
 def product_rate(model: Any) -> float:

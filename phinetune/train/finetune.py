@@ -18,6 +18,7 @@ from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, 
 from phinetune.errors import CheckpointError, RecipeError
 from phinetune.evaluate import Comparison, compare
 from phinetune.kernels.allocator import keep_freed_memory
+from phinetune.kernels.threads import settle_threads
 from phinetune.lora import lora_layers
 from phinetune.model import (
     adapt_model,
@@ -32,7 +33,7 @@ from phinetune.model import (
 from phinetune.model.memory import Batch, decoder_layers, layers_to_recompute, recompute, recomputed_layers
 from phinetune.recipe import Recipe, TrainingConfig, dump_recipe
 from phinetune.train.checkpoint import Base, list_checkpoints, newest_whole_checkpoint, read_state
-from phinetune.train.estimate import expected_gb, expected_seconds
+from phinetune.train.estimate import expected_gb, expected_seconds, has_kernels
 from phinetune.train.log import ProgressBar, check_loggers, run_log
 from phinetune.train.loop import Loop
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
@@ -102,6 +103,7 @@ def train(
     config, folder = recipe.training_config, Path(recipe.training_config.output_dir)
     _check_folder(folder, bool(resume), overwrite or config.overwrite_output_dir)
     keep_freed_memory()
+    threads = settle_threads()
     with MemoryPeak() as memory:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         checkpoint = _checkpoint_to_resume(folder, resume)
@@ -142,7 +144,7 @@ def train(
                 log.warning(word)
             if checkpoint is not None:
                 loop.resume(checkpoint)
-            _announce(loop, data, batch)
+            _announce(loop, data, batch, threads)
             loop.run()
 
             save_adapter(model, folder, base.model, base.revision, chat_format=base.chat_format)
@@ -270,7 +272,7 @@ def _layers_to_recompute(model: Any, config: TrainingConfig, batch: Batch) -> in
     return layers_to_recompute(model, batch, memory_free(model.device) if limit is None else limit * 1e9 - used)
 
 
-def _announce(loop: Loop, data: Prepared, batch: Batch) -> None:
+def _announce(loop: Loop, data: Prepared, batch: Batch, threads: str) -> None:
     """Rows, supervised tokens, steps, expected time and memory, before the first step."""
     model = loop.model
     for name, ledger in data.ledgers.items():
@@ -288,6 +290,8 @@ def _announce(loop: Loop, data: Prepared, batch: Batch) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = loop.recipe.model_kwargs.dtype
     log.info(f"model: {loop.base.model} in {dtype}, {layers} layers adapted, {trained:,} trainable parameters")
+    if model.device.type == "cpu":
+        log.info(f"device: cpu, {threads}{', C++ kernels' if has_kernels(model.dtype) else ''}")
     if loop.recipe.model_kwargs.load_in_8bit:
         quantised = quantised_layers(model)
         log.info(

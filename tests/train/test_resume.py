@@ -30,13 +30,13 @@ main()
 
 
 @pytest.fixture
-def recipe(tmp_path, tiny_llama_folder, chats):
+def recipe(request, tmp_path, tiny_llama_folder, chats):
     """40 rows, 8 a step in several flat batches, dropout: 10 steps of some 4 batches, a checkpoint every 2."""
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"""
 model: {tiny_llama_folder}
-model_kwargs: {{dtype: float32}}
+model_kwargs: {{dtype: {getattr(request, "param", "float32")}}}
 data: {{train: {chats}, eval: 0.1, max_batch_tokens: 96}}
 training_config:
   output_dir: {tmp_path / "run"}
@@ -81,6 +81,7 @@ def whole(recipe, tmp_path):
     return tmp_path / "whole"
 
 
+@pytest.mark.parametrize("recipe", ["float32", "bfloat16"], indirect=True)
 def test_killed_in_mid_accumulation_and_resumed_gives_the_same_bytes(recipe, tmp_path, whole):
     folder = tmp_path / "run"
     # Some 4 flat batches a step, 5 steps an epoch: the kills are in the first epoch, and in the second.

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int QUERIES = 64, KEYS = 128;  // of a block
+constexpr int QUERIES = 64, KEYS = 256;  // of a block
 constexpr float LOG2_E = 1.44269504f;
 constexpr float NOTHING = -INFINITY;
 
@@ -141,6 +141,63 @@ void for_key_blocks(const Line& line, const Segment& segment, int begin, int end
     }
 }
 
+// The keys [from, to) of a vector that begins at key j; all of them, known beforehand.
+template <bool ALL>
+inline __mmask16 visible(int j, int from, int to) {
+    return ALL ? (__mmask16)-1 : (__mmask16)(first(to - j) & ~first(from - j));
+}
+
+// A query's weights of a block of keys, 2^(score · scale − top), rounded; its top and total go on from block to block.
+template <bool ALL>
+void softmax_row(float* scores, int keys, int from, int to, __m512 scale, float* top, float* total, bf16* weights) {
+    if (from >= to) {
+        std::memset(weights, 0, sizeof(bf16) * keys);
+        return;
+    }
+    __m512 most = _mm512_set1_ps(*top);
+    for (int j = 0; j < keys; j += 16)
+        most = _mm512_mask_max_ps(most, visible<ALL>(j, from, to), most, _mm512_mul_ps(_mm512_load_ps(scores + j), scale));
+    const float now = _mm512_reduce_max_ps(most);
+    const __m512 shift = _mm512_set1_ps(now);
+    __m512 sum = _mm512_setzero_ps();
+    for (int j = 0; j < keys; j += 16) {
+        const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + j), scale, shift);
+        const __m512 e = _mm512_maskz_mov_ps(visible<ALL>(j, from, to), exp2(x));
+        sum = _mm512_add_ps(sum, e);
+        store(weights + j, e);
+    }
+    *total = *total * (now > *top ? std::exp2(*top - now) : 1.0f) + _mm512_reduce_add_ps(sum);
+    *top = now;
+}
+
+// Of two queries the weights again and the gradients of their scores: weight · (dweight − delta) · scaling.
+struct Query {
+    const float *scores, *dweights;
+    float log_sum, delta;
+    int from, to;
+};
+template <bool ALL>
+void weigh_again(const Query& query, int j, __m512 scale, __m512 scaling, __m256i* weight, __m256i* dscore) {
+    const __mmask16 which = visible<ALL>(j, query.from, query.to);
+    const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(query.scores + j), scale, _mm512_set1_ps(query.log_sum));
+    const __m512 w = _mm512_maskz_mov_ps(which, exp2(x));
+    const __m512 dw = _mm512_sub_ps(_mm512_load_ps(query.dweights + j), _mm512_set1_ps(query.delta));
+    *weight = rounded(w);
+    *dscore = rounded(_mm512_maskz_mul_ps(which, _mm512_mul_ps(w, dw), scaling));
+}
+template <bool ALL>
+void weigh_two(const Query both[2], int keys, __m512 scale, __m512 scaling, pair* weights, pair* dscores, bf16* dscore_rows) {
+    for (int j = 0; j < keys; j += 16) {
+        __m256i weight[2], dscore[2];
+        for (int r = 0; r < 2; r++) {
+            weigh_again<ALL>(both[r], j, scale, scaling, weight + r, dscore + r);
+            _mm256_storeu_si256((__m256i*)(dscore_rows + r * KEYS + j), dscore[r]);
+        }
+        _mm512_store_si512(weights + j, paired(weight[0], weight[1]));
+        _mm512_store_si512(dscores + j, paired(dscore[0], dscore[1]));
+    }
+}
+
 struct Task {
     int segment, begin, end;
 };
@@ -190,38 +247,16 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
                     for (int i = 0; i < count; i++) {
                         int from, to;
                         seen(sight, key_index, task.begin + i, segment.position + task.begin + i, line.window, &from, &to);
-                        float* of_row = scores.data + i * KEYS;
-                        bf16* to_row = weights.data + i * KEYS;
-                        if (from >= to) {
-                            std::memset(to_row, 0, sizeof(bf16) * sight.count);
-                            continue;
+                        const float before = top[i];
+                        const auto soften = from == 0 && to >= sight.count ? softmax_row<true> : softmax_row<false>;
+                        soften(scores.data + i * KEYS, sight.count, from, to, scale, top + i, total + i,
+                               weights.data + i * KEYS);
+                        if (top[i] == before) continue;
+                        const __m512 less = _mm512_set1_ps(std::exp2(before - top[i]));
+                        for (int d = 0; d < width; d += 16) {
+                            float* at = sums.data + i * width + d;
+                            _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), less));
                         }
-                        __m512 highest = _mm512_set1_ps(top[i]);
-                        for (int j = 0; j < sight.count; j += 16) {
-                            const __mmask16 which = first(to - j) & ~first(from - j);
-                            const __m512 x = _mm512_mul_ps(_mm512_load_ps(of_row + j), scale);
-                            _mm512_store_ps(of_row + j, x);
-                            highest = _mm512_mask_max_ps(highest, which, highest, x);
-                        }
-                        const float now = _mm512_reduce_max_ps(highest);
-                        const __m512 now_ = _mm512_set1_ps(now);
-                        __m512 sum = _mm512_setzero_ps();
-                        for (int j = 0; j < sight.count; j += 16) {
-                            const __mmask16 which = first(to - j) & ~first(from - j);
-                            const __m512 e = _mm512_maskz_mov_ps(which, exp2(_mm512_sub_ps(_mm512_load_ps(of_row + j), now_)));
-                            sum = _mm512_add_ps(sum, e);
-                            store(to_row + j, e);
-                        }
-                        if (now > top[i]) {
-                            const float less = std::exp2(top[i] - now);
-                            total[i] *= less;
-                            for (int d = 0; d < width; d += 16) {
-                                float* at = sums.data + i * width + d;
-                                _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(less)));
-                            }
-                            top[i] = now;
-                        }
-                        total[i] += _mm512_reduce_add_ps(sum);
                     }
                     multiply<true>(count, vectors, sight.count / 2, (const pair*)weights.data, KEYS / 2, 1,
                                    v + (long)sight.packed / 2 * width, width, 16, sums.data, width);
@@ -244,8 +279,11 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
     const int width = line.width, vectors = width / 16, group = line.heads / line.kv_heads;
     const long of_head = (long)width / 2 * line.packed, of_gradients = (long)width * line.packed;
     Scratch<pair> k_across(of_head * line.kv_heads), k_along(of_head * line.kv_heads), v_across(of_head * line.kv_heads);
-    // Of every query head by itself, so that their sums don't depend on who comes first.
-    Scratch<float> dk_all(of_gradients * line.heads), dv_all(of_gradients * line.heads);
+    // Where threads would get unequal numbers of heads, each head is two parts, of every other block of queries.
+    const int tasks = line.heads * line.trees;
+    const int parts = tasks % line.threads && tasks < 8 * line.threads ? 2 : 1;
+    // Of every part by itself, so that their sums don't depend on who comes first.
+    Scratch<float> dk_all(of_gradients * line.heads * parts), dv_all(of_gradients * line.heads * parts);
     std::vector<std::vector<int>> trees(line.trees);
     for (int s = 0; s < line.segment_count; s++) trees[line.segments[s].tree].push_back(s);
 #pragma omp parallel num_threads(line.threads)
@@ -262,10 +300,12 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                              {k_across.data + head * of_head, k_along.data + head * of_head,
                               v_across.data + head * of_head, nullptr});
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int head = 0; head < line.heads; head++)
+        for (int head_part = 0; head_part < line.heads * parts; head_part++)
             for (int tree = 0; tree < line.trees; tree++) {
+                const int head = head_part / parts;
                 const long of_kv = head / group * of_head;
-                float *dk = dk_all.data + head * of_gradients, *dv = dv_all.data + head * of_gradients;
+                float *dk = dk_all.data + head_part * of_gradients, *dv = dv_all.data + head_part * of_gradients;
+                int block = head_part % parts;
                 for (int s : trees[tree]) {
                     const Segment& segment = line.segments[s];
                     const long from = (long)segment.packed * width;
@@ -277,6 +317,7 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                     const Segment& segment = line.segments[s];
                     const int length = segment.end - segment.start;
                     for (int begin = 0; begin < length; begin += QUERIES) {
+                        if (block++ % parts) continue;
                         const int end = std::min(begin + QUERIES, length), count = end - begin;
                         const int even = (count + 1) / 2 * 2;
                         for (int i = 0; i < count; i++) {
@@ -305,32 +346,19 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                             multiply<false>(count, blocks, width / 2, (const pair*)dy.data, width / 2, 1,
                                             v_across.data + of_kv + (long)sight.packed / 2 * width, 16, width / 2 * 16, dscores.data, KEYS);
                             for (int i = 0; i < even; i += 2) {
-                                int from[2] = {0, 0}, to[2] = {0, 0};
-                                for (int r = 0; r < 2 && i + r < count; r++)
-                                    seen(sight, key_index, begin + i + r, segment.position + begin + i + r, line.window,
-                                         from + r, to + r);
-                                for (int j = 0; j < sight.count; j += 16) {
-                                    __m256i weight[2], dscore[2];
-                                    for (int r = 0; r < 2; r++) {
-                                        const __mmask16 which = first(to[r] - j) & ~first(from[r] - j);
-                                        if (!which) {
-                                            weight[r] = dscore[r] = _mm256_setzero_si256();
-                                        } else {
-                                            const int at = (i + r) * KEYS + j;
-                                            const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores.data + at), scale,
-                                                                             _mm512_set1_ps(log_sum[i + r]));
-                                            const __m512 w = _mm512_maskz_mov_ps(which, exp2(x));
-                                            const __m512 dw = _mm512_sub_ps(_mm512_load_ps(dscores.data + at),
-                                                                            _mm512_set1_ps(delta[i + r]));
-                                            weight[r] = rounded(w);
-                                            dscore[r] = rounded(
-                                                _mm512_maskz_mul_ps(which, _mm512_mul_ps(w, dw), scaling));
-                                        }
-                                        _mm256_storeu_si256((__m256i*)(dscores_rows.data + (i + r) * KEYS + j), dscore[r]);
-                                    }
-                                    _mm512_store_si512(weights_pairs.data + i / 2 * KEYS + j, paired(weight[0], weight[1]));
-                                    _mm512_store_si512(dscores_pairs.data + i / 2 * KEYS + j, paired(dscore[0], dscore[1]));
+                                Query both[2];
+                                bool all = true;
+                                for (int r = 0; r < 2; r++) {
+                                    const int row = i + r < count ? i + r : i;  // behind the last: nothing is seen
+                                    both[r] = {scores.data + row * KEYS, dscores.data + row * KEYS, log_sum[row], delta[row], 0, 0};
+                                    if (i + r < count)
+                                        seen(sight, key_index, begin + row, segment.position + begin + row, line.window,
+                                             &both[r].from, &both[r].to);
+                                    all = all && both[r].from == 0 && both[r].to >= sight.count;
                                 }
+                                (all ? weigh_two<true> : weigh_two<false>)(
+                                    both, sight.count, scale, scaling, weights_pairs.data + i / 2 * KEYS,
+                                    dscores_pairs.data + i / 2 * KEYS, dscores_rows.data + i * KEYS);
                             }
                             multiply<true>(count, vectors, sight.count / 2, (const pair*)dscores_rows.data, KEYS / 2, 1,
                                            k_along.data + of_kv + (long)sight.packed / 2 * width, width, 16, dq.data, width);
@@ -355,11 +383,11 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                 alignas(64) float sum[256];
                 for (int token = segment.start; token < segment.end; token++)
                     for (int value = 0; value < 2; value++) {
-                        const float* from = (value ? dv_all : dk_all).data + kv_head * group * of_gradients +
+                        const float* from = (value ? dv_all : dk_all).data + kv_head * group * parts * of_gradients +
                                             (long)(segment.packed + token - segment.start) * width;
                         for (int d = 0; d < width; d += 16) {
                             __m512 total = _mm512_loadu_ps(from + d);
-                            for (int g = 1; g < group; g++)
+                            for (int g = 1; g < group * parts; g++)
                                 total = _mm512_add_ps(total, _mm512_loadu_ps(from + g * of_gradients + d));
                             _mm512_store_ps(sum + d, total);
                         }

@@ -1,0 +1,103 @@
+"""What machine this is, how phinetune will use it, and how much of its speed training reaches."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phinetune.kernels import native
+from phinetune.kernels.allocator import keep_freed_memory
+from phinetune.kernels.compiled import can_compile
+from phinetune.kernels.threads import settle_threads
+from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype
+from phinetune.recipe import DataConfig, ModelKwargs, PeftConfig, TrainingConfig
+from phinetune.train.memory import MemoryPeak, memory_free
+from phinetune.train.optimiser import make_optimizer
+from phinetune.train.rates import rates_by_dtype, share_reached
+
+PACKAGES = ["phinetune", "torch", "transformers", "tokenizers", "peft", "bitsandbytes"]
+INSTRUCTIONS = ["avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm"]
+KERNELS = {"attention": "packed attention", "decoder": "decoder layers", "loss": "the loss head"}
+STEPS, ROWS_A_STEP = 3, 16
+
+
+def examine(training: bool = True) -> dict[str, Any]:
+    """All that `phinetune doctor` says. Training: three steps of the embedded model, rank 16 on all linear layers, on
+    the shipped example (half a minute)."""
+    threads = settle_threads()
+    kept = keep_freed_memory()
+    device = pick_device(use_cpu=False)
+    found: dict[str, Any] = {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _cpu(),
+        "threads": threads,
+        "memory_gb": {"total": _memory_total() / 1e9, "free": memory_free() / 1e9},
+        "freed_memory_is_kept": kept,
+        "compiler": os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"),
+        "compiled_passes": can_compile(),
+        "kernels": {name: native.library(name) is not None for name in KERNELS},
+        "dtype": resolve_dtype("auto", device),
+        "gflops": {name: round(rate / 1e9, 1) for name, rate in rates_by_dtype(device).items()},
+    }
+    return found | ({"training": _train(device, found["dtype"])} if training else {})
+
+
+def _train(device: torch.device, dtype: str) -> dict[str, Any]:
+    from importlib import resources
+
+    from phinetune.data import prepare
+
+    rows = str(resources.files("phinetune.data.shipped") / "orders.train.jsonl")
+    config = DataConfig(train=rows)
+    with MemoryPeak() as memory:
+        examples = list(prepare(config, load_tokenizer("smollm2", ModelKwargs(), {}), seed=0).train)
+        model = load_model("smollm2", ModelKwargs(dtype=dtype), device)
+        peft = PeftConfig(r=16, target_modules="all-linear")
+        adapt_model(model, peft, seed=0)
+        model.train()
+        optimizer = make_optimizer(model, TrainingConfig(optim="adamw_torch_fused"), peft)
+        steps = [examples[i * ROWS_A_STEP : (i + 1) * ROWS_A_STEP] for i in range(STEPS)]
+        share = share_reached(model, optimizer, steps, config.max_batch_tokens, learning_rate=1e-4)
+    trained = sum(len(example.ids) for step in steps for example in step)
+    return {
+        "model": "smollm2",
+        "tokens_per_second": round(trained / share.seconds, 1),
+        "gflops": round(share.achieved / 1e9, 1),
+        "gflops_of_its_products": round(share.rate / 1e9, 1),
+        "share_of_rate": round(share.of_rate, 3),
+        "peak_gb": round(memory.gb, 2),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    """Its name, its cores, and those of its instructions that matter here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = set((about.get("flags") or about.get("Features") or "").split())
+    return {
+        "name": about.get("model name") or platform.processor() or platform.machine(),
+        "family": about.get("cpu family"),
+        "cores": os.cpu_count(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+    }
+
+
+def _memory_total() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
