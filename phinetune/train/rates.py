@@ -48,7 +48,7 @@ class Products:
                     torch.mm(self.inputs[weight.shape[0]], weight)
                 _finish(weight.device)
                 total += (time.perf_counter() - begin) * count / len(some)
-        return self.flop / total
+        return float(self.flop / total)
 
 
 class Share(NamedTuple):
