@@ -21,7 +21,7 @@ from phinetune.kernels.flash import VECTOR
 from phinetune.kernels.loss import CHUNK_BYTES
 from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
 
-SCATTERED = 1.4  # freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md)
+SCATTERED = 1.3  # freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md)
 
 
 class Batch(NamedTuple):

@@ -48,40 +48,37 @@ struct Line {
     const bf16* head(int token, int head) const { return qkv + ((long)token * (heads + 2 * kv_heads) + head) * width; }
 };
 
-// A head of a token, turned by its position's angle; by the angle's negative where `back` is −1.
-void rotate(const Line& line, const float* x, int token, float back, float* y) {
+// A head of a token, turned by its position's angle, or back by it: read(d, which) gives 16 of its elements,
+// write(d, which, x) takes them.
+template <bool BACK, class Read, class Write>
+void rotate(const Line& line, int token, Read read, Write write) {
     const int half = line.turned;
     for (int d = 0; d < half; d += 16) {
         const __mmask16 which = first(half - d);
         const __m512 cos = _mm512_maskz_loadu_ps(which, line.cos + (long)token * half + d);
-        const __m512 sin =
-            _mm512_mul_ps(_mm512_maskz_loadu_ps(which, line.sin + (long)token * half + d), _mm512_set1_ps(back));
-        const __m512 a = _mm512_maskz_loadu_ps(which, x + d), b = _mm512_maskz_loadu_ps(which, x + half + d);
-        _mm512_mask_storeu_ps(y + d, which, _mm512_fmsub_ps(a, cos, _mm512_mul_ps(b, sin)));
-        _mm512_mask_storeu_ps(y + half + d, which, _mm512_fmadd_ps(b, cos, _mm512_mul_ps(a, sin)));
+        const __m512 sin = _mm512_maskz_loadu_ps(which, line.sin + (long)token * half + d);
+        const __m512 a = read(d, which), b = read(half + d, which);
+        const __m512 a_sin = _mm512_mul_ps(a, sin), b_sin = _mm512_mul_ps(b, sin);
+        write(d, which, BACK ? _mm512_fmadd_ps(a, cos, b_sin) : _mm512_fmsub_ps(a, cos, b_sin));
+        write(half + d, which, BACK ? _mm512_fmsub_ps(b, cos, a_sin) : _mm512_fmadd_ps(b, cos, a_sin));
     }
-    for (int d = 2 * half; d < line.width; d++) y[d] = x[d];
+    for (int d = 2 * half; d < line.width; d += 16) {
+        const __mmask16 which = first(line.width - d);
+        write(d, which, read(d, which));
+    }
 }
 
 void read_rotated(const Line& line, int token, int head, bf16* to) {
     const bf16* from = line.head(token, head);
-    if (!line.cos) {
-        std::memcpy(to, from, sizeof(bf16) * line.width);
-        return;
-    }
-    alignas(64) float x[256], y[256];
-    for (int d = 0; d < line.width; d += 16) _mm512_store_ps(x + d, load(from + d));
-    rotate(line, x, token, 1, y);
-    for (int d = 0; d < line.width; d += 16) store(to + d, _mm512_load_ps(y + d));
+    rotate<false>(
+        line, token, [&](int d, __mmask16 which) { return load(from + d, which); },
+        [&](int d, __mmask16 which, __m512 x) { store(to + d, x, which); });
 }
 
 void write_unrotated(const Line& line, const float* x, int token, bf16* to) {
-    alignas(64) float y[256];
-    if (line.cos) {
-        rotate(line, x, token, -1, y);
-        x = y;
-    }
-    for (int d = 0; d < line.width; d += 16) store(to + d, _mm512_loadu_ps(x + d));
+    rotate<true>(
+        line, token, [&](int d, __mmask16 which) { return _mm512_maskz_loadu_ps(which, x + d); },
+        [&](int d, __mmask16 which, __m512 y) { store(to + d, y, which); });
 }
 
 // Keys and values of a key-value head as the products want them; `across`: pairs along D, (D/2, packed keys);
