@@ -141,6 +141,19 @@ def train(
 
 
 @app.command()
+def explain(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe's.")] = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what isn't at its default.")] = False,
+    json: Json = False,
+) -> None:
+    """Every setting of a recipe: its value, where that came from, and what it does."""
+    from phinetune.cli.explain import run_explain
+
+    run_explain(recipe, overrides or [], changed, json)
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's output folder, a checkpoint, or another adapter folder.")],
     data: Annotated[str | None, typer.Option(help="Held-out chats; the run's own by default.")] = None,

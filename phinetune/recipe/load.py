@@ -26,6 +26,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     Raises:
         RecipeError: for a missing or malformed file, an unknown name, or a value out of range.
     """
+    given = read_recipe(path)
+    for override in overrides:
+        apply_override(given, override)
+    return make_recipe(given, where=str(path))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe file as it stands, a mapping of sections; not checked yet."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -41,9 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
         ) from None
     if not isinstance(given, dict):
         raise RecipeError(str(path), "is not a mapping of settings", "begin with `model: smollm2`")
-    for override in overrides:
-        _apply_override(given, override)
-    return make_recipe(given, where=str(path))
+    return given
 
 
 def make_recipe(given: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe, list[str]]:
@@ -80,7 +86,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _apply_override(given: dict[str, Any], override: str) -> None:
+def apply_override(given: dict[str, Any], override: str) -> tuple[str, str]:
+    """Writes a `key=value` into a recipe that was read; gives its path as it was called, and as it is called now."""
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"override {override!r}", "has no `=`", "write key=value, such as learning_rate=1e-4")
@@ -90,7 +97,7 @@ def _apply_override(given: dict[str, Any], override: str) -> None:
         value = text
     if key in ("model", *FREE_SECTIONS):
         given[key] = value
-        return
+        return key, key
     section, _, name = key.rpartition(".")
     if not section:
         owners = [s for s, model in SECTIONS.items() if name in model.model_fields]
@@ -103,6 +110,7 @@ def _apply_override(given: dict[str, Any], override: str) -> None:
     if section not in (*SECTIONS, *FREE_SECTIONS):
         hint = nearest(section, (*SECTIONS, *FREE_SECTIONS))
         raise RecipeError(f"override {override!r}", f"unknown section {section}{hint}", "write section.name=value")
+    called = path = f"{section}.{name}"
     if section in SECTIONS:
         path, value = current_name(section, name, value)
         section, name = path.split(".")
@@ -112,6 +120,7 @@ def _apply_override(given: dict[str, Any], override: str) -> None:
     if not isinstance(given[section], dict):
         raise RecipeError(section, "is not a mapping", "write name: value lines below it")
     given[section][name] = value
+    return called, path
 
 
 def _forget(given: dict[str, Any], path: str) -> None:

@@ -27,7 +27,9 @@ Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda val
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 def _known_dtype(value: str) -> str:
