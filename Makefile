@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test test-slow bench bench-lora bench-data check format build clean
+.PHONY: install demo test test-slow bench bench-gpu bench-lora bench-data check format build clean
 
 install: .venv/installed
 
@@ -31,6 +31,11 @@ test-slow: install
 # make bench SECTIONS='gate speed'   measures a part again; python benchmarks/cpu --help lists them
 bench: install .venv-trl/installed .venv-litgpt/installed
 	$(BIN)/python benchmarks/cpu $(SECTIONS)
+
+# Phi-3-mini at full size against TRL + PEFT, on a GPU; both in the environment of the peers.
+bench-gpu: install .venv-trl/installed
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) --editable .
+	.venv-trl/bin/python benchmarks/gpu.py
 
 bench-lora: install
 	$(BIN)/python benchmarks/lora_linear.py --dtype float32

@@ -140,6 +140,21 @@ def train(
     run_train(recipe, overrides or [], resume, overwrite)
 
 
+@app.command("verify-resume")
+def verify_resume(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the step at which it is killed; another each time by default.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Kill a short run of a recipe, resume it, and compare it with one that ran through."""
+    from phinetune.cli.verify import run_verify_resume
+
+    run_verify_resume(recipe, overrides or [], seed, json)
+
+
 @app.command()
 def explain(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],

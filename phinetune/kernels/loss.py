@@ -126,7 +126,7 @@ def _is_native(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
     """Whether cpp/loss.cpp is for these."""
     tensors = hidden_ND, weight_VD
     plain = all(type(t.detach()) is Tensor and t.dtype is torch.bfloat16 and t.is_contiguous() for t in tensors)
-    on_cpu = hidden_ND.device.type == "cpu" and hidden_ND.shape[1] % 16 == 0
+    on_cpu = hidden_ND.device.type == "cpu" and hidden_ND.shape[1] % 16 == 0 and len(hidden_ND) > 0
     return plain and on_cpu and native.library("loss") is not None
 
 

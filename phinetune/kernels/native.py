@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,17 +31,19 @@ log = logging.getLogger(__name__)
 def library(name: str) -> ctypes.CDLL | None:
     """The functions of cpp/NAME.cpp; None where this machine can't run or compile them (said once, at warning level,
     where only the compiler is wanting)."""
-    if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or not torch.cpu._is_avx512_bf16_supported():
+    if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or not _has_instructions():
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    compiler = find_compiler()
+    if not compiler:
         log.warning(f"no C++ compiler (g++, clang++), so the kernel {name!r} isn't used, which makes training slower")
         return None
     try:
         return ctypes.CDLL(str(_compile(name, compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        log.warning(f"{compiler} doesn't make the kernel {name!r} ({said[0] if said else error}): training is slower")
+        log.warning(
+            f"{compiler[0]} doesn't make the kernel {name!r} ({said[0] if said else error}): training is slower"
+        )
         return None
 
 
@@ -57,10 +60,21 @@ def _as_c(argument: Any) -> Any:
     return argument
 
 
-def _compile(name: str, compiler: str) -> Path:
+def find_compiler() -> list[str]:
+    """The command that compiles C++: `CXX` where it is set, else g++ or clang++; empty where there is none."""
+    return shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
+
+
+def _has_instructions() -> bool:
+    """AVX512-BF16, in which all kernels are written."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
+def _compile(name: str, compiler: list[str]) -> Path:
     files = sorted(SOURCES.glob("*.h")) + [SOURCES / f"{name}.cpp"]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = [*FLAGS, compiler, version, _processor(), *(file.read_text(encoding="utf-8") for file in files)]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_of = [*FLAGS, *compiler, version, _processor(), *(file.read_text(encoding="utf-8") for file in files)]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     folder = cache_folder() / "kernels"
     made = folder / f"{name}-{digest}.so"
@@ -69,7 +83,7 @@ def _compile(name: str, compiler: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as working:  # renamed when whole: others may be at it, too
         unfinished = Path(working) / made.name
-        command = [compiler, *FLAGS, str(files[-1]), "-o", str(unfinished)]
+        command = [*compiler, *FLAGS, str(files[-1]), "-o", str(unfinished)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         unfinished.replace(made)
     return made

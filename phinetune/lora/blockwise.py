@@ -27,6 +27,7 @@ def serves(x_TK: Tensor, *parts: Projection) -> bool:
     return (
         x_TK.dtype is torch.bfloat16
         and x_TK.device.type == "cpu"
+        and len(x_TK) > 0
         and sum(weight.numel() for part in parts for weight in part.weights) <= MOST_ELEMENTS
         and all(_is_laid_out(part) for part in parts)
         and native.library("decoder") is not None

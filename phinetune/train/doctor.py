@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def examine(training: bool = True) -> dict[str, Any]:
         "threads": threads,
         "memory_gb": {"total": _memory_total() / 1e9, "free": memory_free() / 1e9},
         "freed_memory_is_kept": kept,
-        "compiler": os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"),
+        "compiler": " ".join(native.find_compiler()) or None,
         "compiled_passes": can_compile(),
         "kernels": {name: native.library(name) is not None for name in KERNELS},
         "dtype": resolve_dtype("auto", device),

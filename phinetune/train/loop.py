@@ -1,5 +1,6 @@
 """The training loop: the step is `training_step`, the run is `Loop.run`."""
 
+import hashlib
 import logging
 import math
 import signal
@@ -82,6 +83,7 @@ class Counters:
     since_supervised: int = 0
     since_seconds: float = 0.0
     since_grad_norms: list[float] = field(default_factory=list)
+    since_digest: str = ""  # of the tokens, in the order in which they were trained on
 
 
 @dataclass
@@ -189,6 +191,8 @@ class Loop:
         counters.since_seconds += seconds
         counters.since_loss += loss * supervised
         counters.since_grad_norms.append(grad_norm)
+        ids = np.concatenate([np.asarray(example.ids, dtype=np.int64) for example in examples])
+        counters.since_digest = hashlib.sha256(counters.since_digest.encode() + ids.tobytes()).hexdigest()
         return tokens
 
     def _log_line(self, learning_rate: float) -> dict[str, Any]:
@@ -201,6 +205,7 @@ class Loop:
             "grad_norm": sum(counters.since_grad_norms) / len(counters.since_grad_norms),
             "tokens": counters.tokens,
             "supervised_tokens": counters.supervised_tokens,
+            "batch": counters.since_digest[:16],
             "tokens_per_second": counters.since_tokens / counters.since_seconds,
         }
         self.counters = Counters(counters.tokens, counters.supervised_tokens)

@@ -100,6 +100,17 @@ def test_killed_in_mid_accumulation_and_resumed_gives_the_same_bytes(recipe, tmp
     assert losses(folder) == losses(whole)
 
 
+def test_verify_resume_proves_it_on_any_recipe(recipe):
+    command = [sys.executable, "-m", "phinetune", "verify-resume", str(recipe), "--seed", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["equal"]
+    assert found["resumed_behind"] <= found["killed_behind"] < 6
+    assert [step["step"] for step in found["steps"]] == [1, 2, 3, 4, 5, 6]
+    assert all(step["equal"] and step["loss"] == step["resumed_loss"] for step in found["steps"])
+    assert all(whole == cut for whole, cut in found["files"].values())
+
+
 def test_the_seed_decides_the_bytes(recipe, tmp_path, whole):
     assert run(recipe, f"output_dir={tmp_path / 'same'}").returncode == 0
     assert digest(tmp_path / "same") == digest(whole)

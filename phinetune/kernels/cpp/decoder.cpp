@@ -348,7 +348,8 @@ void finish(const Projection& p, const std::vector<FactorSums*>& sums, float* dA
 #pragma omp for schedule(static)
     for (long k = 0; k < a_size; k += 16) {
         __m512 sum = _mm512_setzero_ps();
-        for (FactorSums* one : sums) sum = _mm512_add_ps(sum, _mm512_loadu_ps(one->A.data + k));
+        for (FactorSums* one : sums)
+            if (one) sum = _mm512_add_ps(sum, _mm512_loadu_ps(one->A.data + k));  // there may be fewer threads than asked for
         _mm512_storeu_ps(dA + k, sum);
     }
     for (int i = 0; i < p.block_count; i++) {
@@ -357,7 +358,8 @@ void finish(const Projection& p, const std::vector<FactorSums*>& sums, float* dA
         for (int n = 0; n < block.columns; n++)
             for (int r = 0; r < block.rank; r++) {
                 float sum = 0;
-                for (FactorSums* one : sums) sum += one->B.data[one->b_at[i] + (long)r * block.columns + n];
+                for (FactorSums* one : sums)
+                    if (one) sum += one->B.data[one->b_at[i] + (long)r * block.columns + n];
                 dB[block.b + (long)n * block.rank + r] = sum * block.scaling;
             }
     }

@@ -131,7 +131,8 @@ void head_backward(int tokens, int width, int vocabulary, int threads, const bf1
         for (int i = 0; i < tokens; i++)
             for (int d = 0; d < width; d += 16) {
                 __m512 sum = _mm512_setzero_ps();
-                for (float* one : all) sum = _mm512_add_ps(sum, _mm512_load_ps(one + (long)i * width + d));
+                for (float* one : all)
+                    if (one) sum = _mm512_add_ps(sum, _mm512_load_ps(one + (long)i * width + d));
                 store(dhidden + (long)i * width + d, sum);
             }
     }

@@ -1,0 +1,117 @@
+"""Proof that a recipe's run can be killed: a short run, the same one killed and resumed, and both compared.
+
+whole    ●──●──●──●──●──●                    every process is the command line's own
+cut      ●──●──●─✗                            SIGKILL behind a step of our choosing, between two checkpoints
+resumed      └───●──●──●──●                  from the newest checkpoint
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from phinetune.errors import RunError
+from phinetune.files import sha256_of
+from phinetune.train.checkpoint import OPTIMIZER, PARAMETERS
+from phinetune.train.log import METRICS
+
+STEPS, SAVED_EVERY = 6, 2
+COMPARED = ("batch", "loss", "grad_norm", "learning_rate", "tokens")  # of each line of metrics.jsonl
+FINAL = ["adapter_model.safetensors", f"checkpoint-{STEPS}/{PARAMETERS}", f"checkpoint-{STEPS}/{OPTIMIZER}"]
+SHORT = {
+    "training_config.max_steps": STEPS,
+    "training_config.logging_steps": 1,
+    "training_config.logging_strategy": "steps",
+    "training_config.save_strategy": "steps",
+    "training_config.save_steps": SAVED_EVERY,
+    "training_config.eval_strategy": '"no"',
+    "training_config.report_to": "[]",
+    "evaluation.metrics": "[]",
+}
+
+
+def verify_resume(recipe: Path, overrides: Sequence[str], folder: Path, seed: int | None = None) -> dict[str, Any]:
+    """Runs, kills, resumes and compares; `folder` holds both runs.
+
+    Returns:
+        `killed_behind` (step), `resumed_behind`, `steps` (what each line of both runs says, and whether it is equal),
+        `files` (the final bytes' sha256 in both), and `equal`, whether all of it is.
+
+    Raises:
+        RunError: if a run fails by itself.
+    """
+    kill_behind = random.Random(seed).randint(SAVED_EVERY, STEPS - 1)
+    whole, cut = folder / "whole", folder / "cut"
+    _finish(_start(recipe, overrides, whole), whole)
+    killed_behind = _kill(_start(recipe, overrides, cut), cut, kill_behind)
+    before = _lines(cut)
+    checkpoints = [int(path.name.rpartition("-")[2]) for path in cut.glob("checkpoint-*")]
+    _finish(_start(recipe, overrides, cut, "--resume"), cut)
+
+    steps = []
+    for step, line in sorted(_lines(whole).items()):
+        again = _lines(cut).get(step, {})
+        steps.append(
+            {"step": step, "loss": line["loss"], "resumed_loss": again.get("loss"), "equal": _same(line, again)}
+        )
+    unlike = [step for step, line in before.items() if not _same(line, _lines(whole).get(step, {}))]
+    files = {name: [sha256_of(run / name) for run in (whole, cut)] for name in FINAL}
+    return {
+        "killed_behind": killed_behind,
+        "resumed_behind": max(checkpoints, default=0),
+        "steps": steps,
+        "files": files,
+        "equal": not unlike and all(s["equal"] for s in steps) and all(a == b for a, b in files.values()),
+    }
+
+
+def _start(recipe: Path, overrides: Sequence[str], output: Path, *more: str) -> "subprocess.Popen[str]":
+    settings = [f"{name}={value}" for name, value in SHORT.items()]
+    command = [sys.executable, "-m", "phinetune", "train", str(recipe), *overrides, *settings]
+    command += [f"training_config.output_dir={output}", *more]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(process: "subprocess.Popen[str]", output: Path) -> None:
+    _, said = process.communicate()
+    if process.returncode != 0:
+        raise RunError(
+            f"verify-resume, {output.name}", f"the run failed: {_last(said)}", "mend what `train` says first"
+        )
+
+
+def _kill(process: "subprocess.Popen[str]", output: Path, behind: int) -> int:
+    """SIGKILL as soon as the run has logged a step; returns the last step that it logged."""
+    while behind not in _lines(output):
+        if process.poll() is not None:
+            said = process.stderr.read() if process.stderr else ""
+            raise RunError("verify-resume, cut", f"the run ended before it was killed: {_last(said)}", "try it again")
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return max(_lines(output))
+
+
+def _lines(run: Path) -> dict[int, dict[str, Any]]:
+    """The training lines of metrics.jsonl by step; a line that is being written isn't there yet."""
+    try:
+        text = (run / METRICS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(name in one and one[name] == other.get(name) for name in COMPARED)
+
+
+def _last(said: str) -> str:
+    lines = [line for line in said.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
