@@ -63,12 +63,14 @@ bench-data: install .venv-trl/installed
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror phinetune/kernels/cpp/*
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i phinetune/kernels/cpp/*
 
 build: install
 	$(BIN)/python -m build --wheel

@@ -16,7 +16,6 @@
 namespace {
 
 constexpr int QUERIES = 64, KEYS = 256;  // of a block
-constexpr float LOG2_E = 1.44269504f;
 constexpr float NOTHING = -INFINITY;
 
 struct Segment {
@@ -32,7 +31,7 @@ struct Piece {  // of a path: a segment, or as much of it as is seen
 };
 
 struct Line {
-    const bf16* qkv;  // (T, H + 2K, D)
+    const bf16* qkv;         // (T, H + 2K, D)
     const float *cos, *sin;  // (T, turned), or null
     int tokens, heads, kv_heads, width;
     int turned;  // half of what is rotated of a head
@@ -153,7 +152,8 @@ void softmax_row(float* scores, int keys, int from, int to, __m512 scale, float*
     }
     __m512 most = _mm512_set1_ps(*top);
     for (int j = 0; j < keys; j += 16)
-        most = _mm512_mask_max_ps(most, visible<ALL>(j, from, to), most, _mm512_mul_ps(_mm512_load_ps(scores + j), scale));
+        most =
+            _mm512_mask_max_ps(most, visible<ALL>(j, from, to), most, _mm512_mul_ps(_mm512_load_ps(scores + j), scale));
     const float now = _mm512_reduce_max_ps(most);
     const __m512 shift = _mm512_set1_ps(now);
     __m512 sum = _mm512_setzero_ps();
@@ -183,7 +183,8 @@ void weigh_again(const Query& query, int j, __m512 scale, __m512 scaling, __m256
     *dscore = rounded(_mm512_maskz_mul_ps(which, _mm512_mul_ps(w, dw), scaling));
 }
 template <bool ALL>
-void weigh_two(const Query both[2], int keys, __m512 scale, __m512 scaling, pair* weights, pair* dscores, bf16* dscore_rows) {
+void weigh_two(const Query both[2], int keys, __m512 scale, __m512 scaling, pair* weights, pair* dscores,
+               bf16* dscore_rows) {
     for (int j = 0; j < keys; j += 16) {
         __m256i weight[2], dscore[2];
         for (int r = 0; r < 2; r++) {
@@ -243,7 +244,8 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
                                     k + (long)sight.packed / 2 * width, 16, width / 2 * 16, scores.data, KEYS);
                     for (int i = 0; i < count; i++) {
                         int from, to;
-                        seen(sight, key_index, task.begin + i, segment.position + task.begin + i, line.window, &from, &to);
+                        seen(sight, key_index, task.begin + i, segment.position + task.begin + i, line.window, &from,
+                             &to);
                         const float before = top[i];
                         const auto soften = from == 0 && to >= sight.count ? softmax_row<true> : softmax_row<false>;
                         soften(scores.data + i * KEYS, sight.count, from, to, scale, top + i, total + i,
@@ -275,7 +277,8 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
     const Line& line = *line_;
     const int width = line.width, vectors = width / 16, group = line.heads / line.kv_heads;
     const long of_head = (long)width / 2 * line.packed, of_gradients = (long)width * line.packed;
-    Scratch<pair> k_across(of_head * line.kv_heads), k_along(of_head * line.kv_heads), v_across(of_head * line.kv_heads);
+    Scratch<pair> k_across(of_head * line.kv_heads), k_along(of_head * line.kv_heads),
+        v_across(of_head * line.kv_heads);
     // Where threads would get unequal numbers of heads, each head is two parts, of every other block of queries.
     const int tasks = line.heads * line.trees;
     const int parts = tasks % line.threads && tasks < 8 * line.threads ? 2 : 1;
@@ -335,33 +338,43 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                         pair_along(q.data, width, even, width, q_pairs.data);
                         pair_along(dy.data, width, even, width, dout_pairs.data);
                         std::memset(dq.data, 0, sizeof(float) * count * width);
-                        const __m512 scale = _mm512_set1_ps(line.scaling * LOG2_E), scaling = _mm512_set1_ps(line.scaling);
+                        const __m512 scale = _mm512_set1_ps(line.scaling * LOG2_E),
+                                     scaling = _mm512_set1_ps(line.scaling);
                         for_key_blocks(line, segment, begin, end, [&](const Sight& sight, int key_index) {
                             const int blocks = sight.count / 16;
                             multiply<false>(count, blocks, width / 2, (const pair*)q.data, width / 2, 1,
-                                            k_across.data + of_kv + (long)sight.packed / 2 * width, 16, width / 2 * 16, scores.data, KEYS);
+                                            k_across.data + of_kv + (long)sight.packed / 2 * width, 16, width / 2 * 16,
+                                            scores.data, KEYS);
                             multiply<false>(count, blocks, width / 2, (const pair*)dy.data, width / 2, 1,
-                                            v_across.data + of_kv + (long)sight.packed / 2 * width, 16, width / 2 * 16, dscores.data, KEYS);
+                                            v_across.data + of_kv + (long)sight.packed / 2 * width, 16, width / 2 * 16,
+                                            dscores.data, KEYS);
                             for (int i = 0; i < even; i += 2) {
                                 Query both[2];
                                 bool all = true;
                                 for (int r = 0; r < 2; r++) {
                                     const int row = i + r < count ? i + r : i;  // behind the last: nothing is seen
-                                    both[r] = {scores.data + row * KEYS, dscores.data + row * KEYS, log_sum[row], delta[row], 0, 0};
+                                    both[r] = {scores.data + row * KEYS,
+                                               dscores.data + row * KEYS,
+                                               log_sum[row],
+                                               delta[row],
+                                               0,
+                                               0};
                                     if (i + r < count)
                                         seen(sight, key_index, begin + row, segment.position + begin + row, line.window,
                                              &both[r].from, &both[r].to);
                                     all = all && both[r].from == 0 && both[r].to >= sight.count;
                                 }
-                                (all ? weigh_two<true> : weigh_two<false>)(
-                                    both, sight.count, scale, scaling, weights_pairs.data + i / 2 * KEYS,
-                                    dscores_pairs.data + i / 2 * KEYS, dscores_rows.data + i * KEYS);
+                                (all ? weigh_two<true> : weigh_two<false>)(both, sight.count, scale, scaling,
+                                                                           weights_pairs.data + i / 2 * KEYS,
+                                                                           dscores_pairs.data + i / 2 * KEYS,
+                                                                           dscores_rows.data + i * KEYS);
                             }
                             multiply<true>(count, vectors, sight.count / 2, (const pair*)dscores_rows.data, KEYS / 2, 1,
-                                           k_along.data + of_kv + (long)sight.packed / 2 * width, width, 16, dq.data, width);
+                                           k_along.data + of_kv + (long)sight.packed / 2 * width, width, 16, dq.data,
+                                           width);
                             const long keys_at = (long)sight.packed * width;
-                            multiply<true>(sight.count, vectors, even / 2, dscores_pairs.data, 1, KEYS, q_pairs.data, width, 16,
-                                           dk + keys_at, width);
+                            multiply<true>(sight.count, vectors, even / 2, dscores_pairs.data, 1, KEYS, q_pairs.data,
+                                           width, 16, dk + keys_at, width);
                             multiply<true>(sight.count, vectors, even / 2, weights_pairs.data, 1, KEYS, dout_pairs.data,
                                            width, 16, dv + keys_at, width);
                         });

@@ -3,8 +3,8 @@
 //     logits = hidden Wᵀ, lse                       panels of words: each panel of W is laid out once and read by all
 //     dhidden = times · (softmax − at target) W     tokens; logits are written once and read once, a panel in one piece
 //
-// C tokens of a chunk, D hidden width, V vocabulary, P = V in whole panels.  A thread takes its share of the words; sums over threads are made
-// in their order.
+// C tokens of a chunk, D hidden width, V vocabulary, P = V in whole panels.  A thread takes its share of the words;
+// sums over threads are made in their order.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -15,10 +15,10 @@
 
 namespace {
 
-constexpr int WORDS = 64;       // of a panel
+constexpr int WORDS = 64;        // of a panel
 constexpr int WORDS_BACK = 256;  // of several, for the gradient
 constexpr int ROWS = 96;         // tokens at a time, so that their sums stay in the cache
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+constexpr float LN_2 = 0.69314718f;
 
 // The words [from, to) of a thread, in whole panels.
 void share(int vocabulary, int panel, int* from, int* to) {
@@ -40,7 +40,8 @@ void head_forward(int tokens, int width, int vocabulary, int threads, const bf16
         Scratch<pair> panel((size_t)width / 2 * WORDS);
         Scratch<float> sums((size_t)ROWS * WORDS);
         Scratch<bf16> last((size_t)16 * width);
-        float *top = tops.data() + (size_t)omp_get_thread_num() * tokens, *total = totals.data() + (size_t)omp_get_thread_num() * tokens;
+        float *top = tops.data() + (size_t)omp_get_thread_num() * tokens,
+              *total = totals.data() + (size_t)omp_get_thread_num() * tokens;
         const __m512 scale = _mm512_set1_ps(LOG2_E);
         int from, to;
         share(vocabulary, WORDS, &from, &to);
@@ -58,8 +59,9 @@ void head_forward(int tokens, int width, int vocabulary, int threads, const bf16
             }
             for (int i = 0; i < tokens; i++) {
                 if (i % ROWS == 0)
-                    multiply<false>(std::min(ROWS, tokens - i), vectors, width / 2, (const pair*)(hidden + (long)i * width),
-                                    width / 2, 1, panel.data, 16, (long)width / 2 * 16, sums.data, WORDS);
+                    multiply<false>(std::min(ROWS, tokens - i), vectors, width / 2,
+                                    (const pair*)(hidden + (long)i * width), width / 2, 1, panel.data, 16,
+                                    (long)width / 2 * 16, sums.data, WORDS);
                 bf16* to_row = logits + ((long)v * tokens + (long)i * WORDS);
                 __m512 x[WORDS / 16], most = _mm512_set1_ps(top[i]);
                 for (int g = 0; g < vectors; g++) {
@@ -71,7 +73,8 @@ void head_forward(int tokens, int width, int vocabulary, int threads, const bf16
                 const float now = _mm512_reduce_max_ps(most);
                 __m512 sum = _mm512_setzero_ps();
                 for (int g = 0; g < vectors; g++)
-                    sum = _mm512_mask_add_ps(sum, first(words - 16 * g), sum, exp2(_mm512_sub_ps(x[g], _mm512_set1_ps(now))));
+                    sum = _mm512_mask_add_ps(sum, first(words - 16 * g), sum,
+                                             exp2(_mm512_sub_ps(x[g], _mm512_set1_ps(now))));
                 total[i] = (now > top[i] ? total[i] * std::exp2(top[i] - now) : total[i]) + _mm512_reduce_add_ps(sum);
                 top[i] = now;
             }
@@ -80,7 +83,8 @@ void head_forward(int tokens, int width, int vocabulary, int threads, const bf16
     for (int i = 0; i < tokens; i++) {
         float most = -INFINITY, sum = 0;
         for (int t = 0; t < threads; t++) most = std::max(most, tops[(size_t)t * tokens + i]);
-        for (int t = 0; t < threads; t++) sum += totals[(size_t)t * tokens + i] * std::exp2(tops[(size_t)t * tokens + i] - most);
+        for (int t = 0; t < threads; t++)
+            sum += totals[(size_t)t * tokens + i] * std::exp2(tops[(size_t)t * tokens + i] - most);
         lse[i] = (most + std::log2(sum)) * LN_2;
         const bf16 at = logits[targets[i] / WORDS * WORDS * tokens + (long)i * WORDS + targets[i] % WORDS];
         log_p[i] = _mm512_cvtss_f32(load(&at, 1)) - lse[i];
@@ -89,7 +93,8 @@ void head_forward(int tokens, int width, int vocabulary, int threads, const bf16
 
 // dhidden (C, D) of Σ −times · log p(target), p by logits and lse; at_target (C,): times · (p(target) − 1), unrounded.
 void head_backward(int tokens, int width, int vocabulary, int threads, const bf16* logits, const bf16* weight,
-                   const float* lse, const float* times, const int64_t* targets, const float* at_target, bf16* dhidden) {
+                   const float* lse, const float* times, const int64_t* targets, const float* at_target,
+                   bf16* dhidden) {
     std::vector<float*> all(threads);
 #pragma omp parallel num_threads(threads)
     {
@@ -122,8 +127,8 @@ void head_backward(int tokens, int width, int vocabulary, int threads, const bf1
                 if (targets[i] >= v && targets[i] < v + words)
                     store(to_row + targets[i] - v, _mm512_set1_ps(at_target[i]), 1);
                 if (i % ROWS == ROWS - 1 || i == tokens - 1)
-                    multiply<true>(i % ROWS + 1, width / 16, even / 2, (const pair*)dlogits.data, WORDS_BACK / 2, 1, panel.data,
-                                   width, 16, sums.data + (long)(i - i % ROWS) * width, width);
+                    multiply<true>(i % ROWS + 1, width / 16, even / 2, (const pair*)dlogits.data, WORDS_BACK / 2, 1,
+                                   panel.data, width, 16, sums.data + (long)(i - i % ROWS) * width, width);
             }
         }
 #pragma omp barrier

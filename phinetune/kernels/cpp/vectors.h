@@ -10,8 +10,7 @@ using bf16 = uint16_t;
 using pair = uint32_t;  // two bfloat16 that are multiplied and added together, the first in the low half
 
 inline __m512 load(const bf16* from) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
 }
 
 inline __m512 load(const bf16* from, __mmask16 which) {
@@ -31,11 +30,13 @@ inline __m512i paired(__m256i low, __m256i high) {
 // The elements [0, count) of 16.
 inline __mmask16 first(int count) { return (__mmask16)((1u << std::clamp(count, 0, 16)) - 1); }
 
+constexpr float LOG2_E = 1.44269504f;
+
 // 2^x, to about two units in the last place of fp32: a polynomial on [-1/2, 1/2] and the exponent.
 inline __m512 exp2(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.5403530e-4f);  // ln(2)^k / k!, and the last ones fitted
+    __m512 p = _mm512_set1_ps(1.5403530e-4f);  // ln(2)^k / k!
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558e-3f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
@@ -52,7 +53,8 @@ struct Pairs {
 };
 
 // c (M × 16·NV, fp32) = a b, or += where ADD.
-// a's pairs lie at a[m * a_row + k * a_step], b's vectors of 16 columns at b[k * b_row + n * b_vector], c at c[m * c_row].
+// a's pairs lie at a[m * a_row + k * a_step], b's vectors of 16 columns at b[k * b_row + n * b_vector], c at c[m *
+// c_row].
 template <int M, int NV, bool ADD>
 inline void multiply_tile(const pair* a, long a_row, long a_step, const pair* b, long b_row, long b_vector, float* c,
                           long c_row, Pairs pairs) {
@@ -85,8 +87,8 @@ inline void multiply_rows(int rows, const pair* a, long a_row, long a_step, cons
 }
 
 template <int NV, bool ADD>
-inline void multiply_columns(int rows, const pair* a, long a_row, long a_step, const pair* b, long b_row,
-                             long b_vector, float* c, long c_row, Pairs pairs) {
+inline void multiply_columns(int rows, const pair* a, long a_row, long a_step, const pair* b, long b_row, long b_vector,
+                             float* c, long c_row, Pairs pairs) {
     constexpr int M = NV == 4 ? 6 : 8;  // as many sums as registers hold
     for (int m = 0; m < rows; m += M)
         multiply_rows<NV, ADD, M>(std::min(M, rows - m), a + m * a_row, a_row, a_step, b, b_row, b_vector,
@@ -122,7 +124,8 @@ inline void transpose(__m512i rows[16]) {
             four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
         }
     for (int j = 0; j < 4; j++) {
-        const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
+        const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88),
+                      b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
         const __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
         const __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
         rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
