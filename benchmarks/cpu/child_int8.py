@@ -15,7 +15,7 @@ def main() -> None:
             model="smollm2",
             train=job["train"],
             eval=job["eval"],
-            data={"max_length": 512, "num_proc": 1},
+            data={"max_length": 1024, "num_proc": 1},
             model_kwargs={"dtype": "bfloat16", "load_in_8bit": job["int8"]},
             training_config={
                 "output_dir": str(Path(folder) / "run"), "max_steps": job["steps"], "use_cpu": True,

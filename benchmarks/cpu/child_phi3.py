@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from phinetune.data import Example
-from phinetune.kernels import int8
+from phinetune.kernels import int8, native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.model import adapt_model, attention, fast
 from phinetune.model.memory import Batch, layers_to_recompute, recompute
@@ -67,6 +67,7 @@ def drawn(numbers: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def main() -> None:
     job = job_io.read()
     torch.manual_seed(0)
+    native.prepare()
     with MemoryPeak() as memory:
         begin = time.perf_counter()
         model = make_model(job["int8"], job.get("layers"))

@@ -24,6 +24,7 @@ from phinetune.files import cache_folder
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
+KERNELS = ("attention", "decoder", "loss")
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +46,13 @@ def library(name: str) -> ctypes.CDLL | None:
             f"{compiler[0]} doesn't make the kernel {name!r} ({said[0] if said else error}): training is slower"
         )
         return None
+
+
+def prepare() -> None:
+    """Compiles what isn't yet: best before a model is loaded, since a compiler started later is a process as large as
+    this one for a moment."""
+    for name in KERNELS:
+        library(name)
 
 
 def call(name: str, function: str, *arguments: Any) -> None:

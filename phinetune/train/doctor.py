@@ -29,6 +29,7 @@ def examine(training: bool = True) -> dict[str, Any]:
     the shipped example (half a minute)."""
     threads = settle_threads()
     kept = keep_freed_memory()
+    native.prepare()
     device = pick_device(use_cpu=False)
     found: dict[str, Any] = {
         "versions": {name: _version(name) for name in PACKAGES},

@@ -17,6 +17,7 @@ from phinetune.adapter import save_adapter
 from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, write_ledgers, writes_date
 from phinetune.errors import CheckpointError, RecipeError
 from phinetune.evaluate import Comparison, compare
+from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.kernels.threads import settle_threads
 from phinetune.lora import lora_layers
@@ -104,6 +105,7 @@ def train(
     _check_folder(folder, bool(resume), overwrite or config.overwrite_output_dir)
     keep_freed_memory()
     threads = settle_threads()
+    native.prepare()
     with MemoryPeak() as memory:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         checkpoint = _checkpoint_to_resume(folder, resume)
