@@ -7,6 +7,7 @@
     ablation  ours without one technique at a time, over ours
     overlay   200 steps in bfloat16 beside PEFT's, and PEFT's spread over seeds (half an hour)
     inside_trl  SFTTrainer on an accelerated model (phinetune.accelerate), against the same on the model as it is
+    precision  how far bfloat16's loss is from fp32's behind one update, by PEFT's layers and by ours
     prefix    rows that share a long beginning against the same rows without sharing
     phi3      Phi-3-mini at full size: a step's memory and its share of the product rate, in bfloat16 and in int8
     int8      what int8 costs in held-out loss
@@ -182,6 +183,24 @@ def inside_trl(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]
     return found
 
 
+def precision(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
+    """How far from fp32's loss bfloat16 is behind one update, by PEFT's layers and by ours, inside `SFTTrainer`."""
+    rows = draw_rows(2 * job["rows_a_step"], job["batch_rows"])
+    own = {**job, "default": False, "layout": "grouped", "attention": "sdpa", "loss": "phinetune", "rows": rows.grouped}
+    own["accumulation"] = job["rows_a_step"] // job["batch_rows"]
+    losses = {
+        name: job_io.ask(TRL, "child_trl.py", {**own, **settings}, {"PYTHONPATH": str(ROOT)})["losses"]
+        for name, settings in {
+            "fp32": {"dtype": "float32", "autocast": False, "accelerate": False},
+            "bf16, PEFT's layers": {"autocast": True, "accelerate": False},
+            "bf16, accelerated": {"autocast": True, "accelerate": True},
+        }.items()
+    }
+    print(json.dumps(losses), flush=True)
+    exact, peft, ours = (of[1] for of in losses.values())
+    return {"precision": losses, "bf16_loss_error": abs(ours - exact), "bf16_loss_error_peft": abs(peft - exact)}
+
+
 def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     """Mean distance of our losses to PEFT's from the same adapter, against PEFT's own from other adapters."""
     rows = [row for row in all_rows()[0] if len(row) <= asked.overlay_longest][: 4 * asked.overlay_steps]
@@ -229,6 +248,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any
     "ablation": ablation,
     "overlay": overlay,
     "inside_trl": inside_trl,
+    "precision": precision,
     "prefix": prefix,
     "phi3": phi3,
     "int8": int8,

@@ -64,7 +64,7 @@ def train(job: dict[str, Any], folder: str) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(job["model"], local_files_only=True)
     model: Any = job["model"]
     settings = {"output_dir": folder, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    settings |= {"num_train_epochs": 1, "learning_rate": job["learning_rate"], "seed": job["seed"]}
+    settings |= {"logging_steps": 1, "num_train_epochs": 1, "learning_rate": job["learning_rate"], "seed": job["seed"]}
     if not job["default"]:
         dtype = getattr(torch, job["dtype"])
         model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=job["attention"])
@@ -108,6 +108,7 @@ def train(job: dict[str, Any], folder: str) -> dict[str, Any]:
         "rows": len(job["rows"]),
         "tokens": sum(map(len, job["rows"])),
         "loss": outcome.training_loss,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "trainable": parameters,
         "threads": torch.get_num_threads(),
         "versions": job_io.versions("torch", "transformers", "peft", "trl", "accelerate"),
