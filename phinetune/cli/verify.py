@@ -25,7 +25,7 @@ def run_verify_resume(recipe: Path, overrides: Sequence[str], seed: int | None, 
         for step in found["steps"]:
             again = "missing" if step["resumed_loss"] is None else f"{step['resumed_loss']:.6f}"
             print(f"  step {step['step']}  loss {step['loss']:.6f}  {again}  {_word(step['equal'])}")
-        for name, (whole, cut) in found["files"].items():
+        for name, (whole, cut) in {"tokens trained on": found["batches"], **found["files"]}.items():
             print(f"  {name}  {whole[:16]}  {cut[:16]}  {_word(whole == cut)}")
     if not found["equal"]:
         raise RunError("verify-resume", "the resumed run differs from the whole one", "report it with this output")

@@ -62,7 +62,7 @@ class MetricsWriter:
         self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
-                if name != "step" and not isinstance(value, str):
+                if name != "step":
                     self._board.add_scalar(name, value, metrics["step"])
 
     def __enter__(self) -> "MetricsWriter":

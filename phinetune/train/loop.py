@@ -78,12 +78,12 @@ class Counters:
 
     tokens: int = 0
     supervised_tokens: int = 0
+    digest: str = ""  # of all tokens, in the order in which they were trained on
     since_loss: float = 0.0  # Σ loss · supervised tokens
     since_tokens: int = 0
     since_supervised: int = 0
     since_seconds: float = 0.0
     since_grad_norms: list[float] = field(default_factory=list)
-    since_digest: str = ""  # of the tokens, in the order in which they were trained on
 
 
 @dataclass
@@ -192,7 +192,7 @@ class Loop:
         counters.since_loss += loss * supervised
         counters.since_grad_norms.append(grad_norm)
         ids = np.concatenate([np.asarray(example.ids, dtype=np.int64) for example in examples])
-        counters.since_digest = hashlib.sha256(counters.since_digest.encode() + ids.tobytes()).hexdigest()
+        counters.digest = hashlib.sha256(counters.digest.encode() + ids.tobytes()).hexdigest()
         return tokens
 
     def _log_line(self, learning_rate: float) -> dict[str, Any]:
@@ -205,10 +205,9 @@ class Loop:
             "grad_norm": sum(counters.since_grad_norms) / len(counters.since_grad_norms),
             "tokens": counters.tokens,
             "supervised_tokens": counters.supervised_tokens,
-            "batch": counters.since_digest[:16],
             "tokens_per_second": counters.since_tokens / counters.since_seconds,
         }
-        self.counters = Counters(counters.tokens, counters.supervised_tokens)
+        self.counters = Counters(counters.tokens, counters.supervised_tokens, counters.digest)
         log.info(
             f"step {self.step}/{len(self.steps)}  loss {line['loss']:.4f}  lr {learning_rate:.2e}  "
             f"grad norm {line['grad_norm']:.3f}  {line['tokens_per_second']:.0f} tokens/s"

@@ -18,11 +18,11 @@ from typing import Any
 
 from phinetune.errors import RunError
 from phinetune.files import sha256_of
-from phinetune.train.checkpoint import OPTIMIZER, PARAMETERS
+from phinetune.train.checkpoint import OPTIMIZER, PARAMETERS, read_state
 from phinetune.train.log import METRICS
 
 STEPS, SAVED_EVERY = 6, 2
-COMPARED = ("batch", "loss", "grad_norm", "learning_rate", "tokens")  # of each line of metrics.jsonl
+COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens")  # of each line of metrics.jsonl
 FINAL = ["adapter_model.safetensors", f"checkpoint-{STEPS}/{PARAMETERS}", f"checkpoint-{STEPS}/{OPTIMIZER}"]
 SHORT = {
     "training_config.max_steps": STEPS,
@@ -41,7 +41,8 @@ def verify_resume(recipe: Path, overrides: Sequence[str], folder: Path, seed: in
 
     Returns:
         `killed_behind` (step), `resumed_behind`, `steps` (what each line of both runs says, and whether it is equal),
-        `files` (the final bytes' sha256 in both), and `equal`, whether all of it is.
+        `batches` (the digest of all tokens trained on, in their order, at the end of both), `files` (the final bytes'
+        sha256 in both), and `equal`, whether all of it is.
 
     Raises:
         RunError: if a run fails by itself.
@@ -61,13 +62,17 @@ def verify_resume(recipe: Path, overrides: Sequence[str], folder: Path, seed: in
             {"step": step, "loss": line["loss"], "resumed_loss": again.get("loss"), "equal": _same(line, again)}
         )
     unlike = [step for step, line in before.items() if not _same(line, _lines(whole).get(step, {}))]
+    batches = [read_state(run / f"checkpoint-{STEPS}")["counters"]["digest"] for run in (whole, cut)]
     files = {name: [sha256_of(run / name) for run in (whole, cut)] for name in FINAL}
     return {
         "killed_behind": killed_behind,
         "resumed_behind": max(checkpoints, default=0),
         "steps": steps,
+        "batches": batches,
         "files": files,
-        "equal": not unlike and all(s["equal"] for s in steps) and all(a == b for a, b in files.values()),
+        "equal": not unlike
+        and all(step["equal"] for step in steps)
+        and all(one == other for one, other in (batches, *files.values())),
     }
 
 

@@ -108,7 +108,7 @@ def test_verify_resume_proves_it_on_any_recipe(recipe):
     assert found["resumed_behind"] <= found["killed_behind"] < 6
     assert [step["step"] for step in found["steps"]] == [1, 2, 3, 4, 5, 6]
     assert all(step["equal"] and step["loss"] == step["resumed_loss"] for step in found["steps"])
-    assert all(whole == cut for whole, cut in found["files"].values())
+    assert all(whole == cut and len(whole) == 64 for whole, cut in (found["batches"], *found["files"].values()))
 
 
 def test_the_seed_decides_the_bytes(recipe, tmp_path, whole):
