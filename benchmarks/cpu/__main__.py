@@ -202,23 +202,29 @@ def precision(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
-    """Mean distance of our losses to PEFT's from the same adapter, against PEFT's own from other adapters."""
-    rows = [row for row in all_rows()[0] if len(row) <= asked.overlay_longest][: 4 * asked.overlay_steps]
+    """Mean distance of our losses to PEFT's from the same adapter, against PEFT's own from other adapters; and of both
+    to PEFT's in fp32, which is what bfloat16 means to compute."""
+    everything, need = all_rows()[0], 4 * asked.overlay_steps
+    longest = sorted(map(len, everything))[:need][-1]  # the shorter ones: PEFT takes minutes as it is
+    rows = [row for row in everything if len(row) <= longest][:need]
     own = {**job, "what": "overlay", "rows": rows, "rows_a_step": 4}
     losses: dict[str, list[float]] = {}
-    for trainer, seed in [("ours", 0), *(("peft", seed) for seed in range(asked.overlay_seeds))]:
-        run = job_io.ask(OURS, "child_peft.py", {**own, "trainer": trainer, "seed": seed})
+    seeds_of_peft = [("peft", seed, job["dtype"]) for seed in range(asked.overlay_seeds)]
+    for trainer, seed, dtype in [("ours", 0, job["dtype"]), *seeds_of_peft, ("peft fp32", 0, "float32")]:
+        run = job_io.ask(OURS, "child_peft.py", {**own, "trainer": trainer.split()[0], "seed": seed, "dtype": dtype})
         losses[f"{trainer} {seed}"] = run["losses"]
         print(f"{trainer} {seed}: {run['losses'][0]:.4f} -> {statistics.mean(run['losses'][-20:]):.4f}", flush=True)
 
     def distance(one: str, other: str) -> float:
         return statistics.mean(abs(a - b) for a, b in zip(losses[one], losses[other], strict=True))
 
-    seeds = [name for name in losses if name.startswith("peft")]
+    seeds = [f"peft {seed}" for seed in range(asked.overlay_seeds)]
     pairs = [distance(a, b) for i, a in enumerate(seeds) for b in seeds[:i]]
     return {
         "overlay_mean_abs": distance("ours 0", "peft 0"),
         "overlay_peft_spread": statistics.mean(pairs) if pairs else None,
+        "overlay_to_fp32": distance("ours 0", "peft fp32 0"),
+        "overlay_peft_to_fp32": distance("peft 0", "peft fp32 0"),
         "overlay_steps": len(losses["ours 0"]),
         "overlay_last_loss": {name: statistics.mean(values[-20:]) for name, values in losses.items()},
     }
@@ -296,7 +302,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="ablations by name")
     parser.add_argument("--overlay-steps", type=int, default=200)
     parser.add_argument("--overlay-seeds", type=int, default=3)
-    parser.add_argument("--overlay-longest", type=int, default=128, help="tokens of a row: PEFT takes minutes as it is")
     parser.add_argument("--phi3-rounds", type=int, default=2, help="some six minutes each")
     parser.add_argument("--phi3-layers", type=int, help="of Phi-3-mini's 32, for a trial")
     parser.add_argument("--int8-steps", type=int, default=30)

@@ -163,7 +163,7 @@ def overlay(job: dict[str, Any]) -> dict[str, Any]:
         def step(rows: Rows) -> float:
             return trainee.step(rows)[1]
     else:
-        oracle = Peft(job, torch.bfloat16)
+        oracle = Peft(job, getattr(torch, job["dtype"]))
         parameters, step = oracle.parameters, oracle.step
     draw_adapter(parameters, job["seed"], std_of_B=0.0)
     return {"losses": [step(rows) for rows in steps_of(job["rows"], job["rows_a_step"])]}

@@ -23,6 +23,8 @@ FIGURES = [
     ("grad_rel_err", "fp32 adapter gradients against PEFT's, relative, the worst tensor", "{:.1e}"),
     ("overlay_mean_abs", "bf16 losses of 200 steps, mean distance to PEFT's run", "{:.4f}"),
     ("overlay_peft_spread", "the same between PEFT's own runs of three seeds", "{:.4f}"),
+    ("overlay_to_fp32", "the same to PEFT's run in fp32", "{:.4f}"),
+    ("overlay_peft_to_fp32", "PEFT's in bf16 to its own in fp32", "{:.4f}"),
     ("bf16_loss_error", "bf16 loss behind one update, distance to fp32's", "{:.4f}"),
     ("bf16_loss_error_peft", "the same by PEFT's layers", "{:.4f}"),
     ("cost_growth", "cost a token at 4,096 tokens a row over that at 128", "{:.2f} ×"),
