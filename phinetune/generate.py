@@ -4,7 +4,8 @@ Generation ends at every token that ends a turn: the tokenizer's end of text, wh
 names, and the control tokens that the chat template writes behind words (Phi-3: <|end|>, <|assistant|>).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,20 +79,36 @@ def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_
     if shared and len(prompts) > 1:
         cache = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(prompts))
-    out: Tensor = model.generate(
-        ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # greedy means greedy, whatever the model's generation config adds
-        no_repeat_ngram_size=0,
-        use_cache=True,
-        eos_token_id=stops,
-        pad_token_id=pad,
-    )
+    with _contiguous_head(model):
+        out: Tensor = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # greedy means greedy, whatever the model's generation config adds
+            no_repeat_ngram_size=0,
+            use_cache=True,
+            eos_token_id=stops,
+            pad_token_id=pad,
+        )
     rows = out[:, width:].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
+
+
+@contextmanager
+def _contiguous_head(model: Any) -> Iterator[None]:
+    """The last position of each prompt is copied before the head reads it: of a slice of a batch torch multiplies row
+    by row on a CPU, with a copy of the head's weight for each (52 prompts of SmolLM2: 2.9 GB and 5 s; torch 2.13)."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _shared_prefix(prompts: Sequence[list[int]]) -> int:

@@ -57,9 +57,7 @@ def _is_laid_out(part: Projection) -> bool:
             return False
     if part.factors is None:
         return True
-    return all(
-        (block.out.stop - block.out.start) % VECTOR == 0 and block.out.start % 2 == 0 for block in part.factors.blocks
-    )
+    return not any(edge % VECTOR for block in part.factors.blocks for edge in (block.out.start, block.out.stop))
 
 
 class _Linears(torch.autograd.Function):

@@ -191,3 +191,5 @@ def test_what_it_is_not_for():
     assert not blockwise.serves(x, linear_of(64, 90, 4))
     assert not blockwise.serves(x, layer._replace(weights=(layer.weights[0].float(),)))
     assert not blockwise.serves(x, layer._replace(weights=(layer.weights[0].T.contiguous().T,)))
+    across = Block(slice(8, 24), slice(0, 4), slice(0, 64), 1.0)  # over two groups of columns, in parts
+    assert not blockwise.serves(x, layer._replace(factors=layer.factors._replace(blocks=(across,))))
