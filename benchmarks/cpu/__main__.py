@@ -5,7 +5,7 @@
     roofline  training's FLOP over the rate of the model's own products, in turns
     cost      seconds a token from 128 to 4,096 tokens a row, with a plot
     ablation  ours without one technique at a time, over ours
-    overlay   200 steps in bfloat16 beside PEFT's, and PEFT's spread over seeds (half an hour)
+    overlay   200 steps in bfloat16 beside PEFT's, and PEFT's spread over seeds (an hour)
     inside_trl  SFTTrainer on an accelerated model (phinetune.accelerate), against the same on the model as it is
     precision  how far bfloat16's loss is from fp32's behind one update, by PEFT's layers and by ours
     prefix    rows that share a long beginning against the same rows without sharing
@@ -202,31 +202,38 @@ def precision(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
-    """Mean distance of our losses to PEFT's from the same adapter, against PEFT's own from other adapters; and of both
-    to PEFT's in fp32, which is what bfloat16 means to compute."""
+    """Mean distance of our losses to PEFT's of the same seed, against PEFT's own over seeds.
+
+    PEFT runs as it is, once with its sums rounded once (`child_peft.round_once`), and once in fp32, which is what
+    bfloat16 means to compute.
+    """
     everything, need = all_rows()[0], 4 * asked.overlay_steps
     longest = sorted(map(len, everything))[:need][-1]  # the shorter ones: PEFT takes minutes as it is
     rows = [row for row in everything if len(row) <= longest][:need]
     own = {**job, "what": "overlay", "rows": rows, "rows_a_step": 4}
+    runs: dict[str, dict[str, Any]] = {"ours": {"trainer": "ours"}}
+    seeds = {f"PEFT, seed {seed}": {"trainer": "peft", "seed": seed} for seed in range(asked.overlay_seeds)}
+    runs |= seeds | {"PEFT, rounded once": {"trainer": "peft", "one_rounding": True}}
+    runs |= {"PEFT in fp32": {"trainer": "peft", "dtype": "float32"}}
     losses: dict[str, list[float]] = {}
-    seeds_of_peft = [("peft", seed, job["dtype"]) for seed in range(asked.overlay_seeds)]
-    for trainer, seed, dtype in [("ours", 0, job["dtype"]), *seeds_of_peft, ("peft fp32", 0, "float32")]:
-        run = job_io.ask(OURS, "child_peft.py", {**own, "trainer": trainer.split()[0], "seed": seed, "dtype": dtype})
-        losses[f"{trainer} {seed}"] = run["losses"]
-        print(f"{trainer} {seed}: {run['losses'][0]:.4f} -> {statistics.mean(run['losses'][-20:]):.4f}", flush=True)
+    for name, settings in runs.items():
+        losses[name] = job_io.ask(OURS, "child_peft.py", {**own, **settings})["losses"]
+        print(f"{name}: {losses[name][0]:.4f} -> {statistics.mean(losses[name][-20:]):.4f}", flush=True)
 
     def distance(one: str, other: str) -> float:
         return statistics.mean(abs(a - b) for a, b in zip(losses[one], losses[other], strict=True))
 
-    seeds = [f"peft {seed}" for seed in range(asked.overlay_seeds)]
-    pairs = [distance(a, b) for i, a in enumerate(seeds) for b in seeds[:i]]
+    spread = [distance(a, b) for i, a in enumerate(seeds) for b in list(seeds)[:i]]
     return {
-        "overlay_mean_abs": distance("ours 0", "peft 0"),
-        "overlay_peft_spread": statistics.mean(pairs) if pairs else None,
-        "overlay_to_fp32": distance("ours 0", "peft fp32 0"),
-        "overlay_peft_to_fp32": distance("peft 0", "peft fp32 0"),
-        "overlay_steps": len(losses["ours 0"]),
+        "overlay_mean_abs": distance("ours", "PEFT, seed 0"),
+        "overlay_peft_spread": statistics.mean(spread) if spread else None,
+        "overlay_to_rounded_once": distance("ours", "PEFT, rounded once"),
+        "overlay_to_fp32": distance("ours", "PEFT in fp32"),
+        "overlay_peft_to_rounded_once": distance("PEFT, seed 0", "PEFT, rounded once"),
+        "overlay_peft_to_fp32": distance("PEFT, seed 0", "PEFT in fp32"),
+        "overlay_steps": len(losses["ours"]),
         "overlay_last_loss": {name: statistics.mean(values[-20:]) for name, values in losses.items()},
+        "overlay_losses": {name: [round(loss, 4) for loss in values] for name, values in losses.items()},
     }
 
 

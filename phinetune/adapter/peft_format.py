@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phinetune.disk import replacing, write_text
 from phinetune.errors import AdapterError
 from phinetune.lora.targets import from_pattern
 
@@ -96,12 +97,16 @@ def read_chat_format(folder: str | Path) -> dict[str, str]:
 def write_adapter(
     folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], chat_format: Mapping[str, str] | None = None
 ) -> None:
-    """Both files, into a folder that exists; `chat_format` into a third, which PEFT passes over."""
+    """Both files, into a folder that exists; `chat_format` into a third, which PEFT passes over.
+
+    Each is there whole or not at all, the configuration behind the tensors: what it stands beside can be read.
+    """
     text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+    with replacing(folder / TENSOR_FILE, sum(t.numel() * t.element_size() for t in tensors.values())) as work:
+        save_file(tensors, work, metadata={"format": "pt"})
+    write_text(folder / CONFIG_FILE, text + "\n")
     if chat_format is not None:
-        (folder / CHAT_FORMAT_FILE).write_text(json.dumps(chat_format, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / CHAT_FORMAT_FILE, json.dumps(chat_format, indent=2) + "\n")
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

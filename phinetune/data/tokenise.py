@@ -24,6 +24,7 @@ from typing import Any
 from phinetune.data.readers import Chunk, chunks
 from phinetune.data.store import MANIFEST, Piece, Store, StoreWriter
 from phinetune.data.worker import Task, Worker, WorkerProcess
+from phinetune.disk import naming_full_disk
 from phinetune.errors import DataError
 from phinetune.files import cache_folder, sha256_of
 
@@ -115,6 +116,7 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
 
     Raises:
         DataError: as `tokenise`, or where the cache can't be written.
+        RunError: where the cache's disk is full.
     """
     root = cache_folder() / "data"
     folder = root / cache_key(task)
@@ -133,7 +135,8 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
     except OSError as error:
         raise DataError(str(root), f"can't be written ({error.strerror})", "set PHINETUNE_CACHE") from None
     try:
-        with StoreWriter(work) as writer:
+        size = sum(file.path.stat().st_size for file in task.files)
+        with naming_full_disk(root, size), StoreWriter(work) as writer:
             tokenise(task, writer.append, on_progress)
             writer.finish([file.name for file in task.files])
         try:

@@ -1,4 +1,4 @@
-"""How the C library hands memory to torch on a CPU.
+"""How the C library hands memory to torch on a CPU, and how a refusal of it is told.
 
 glibc maps every large block anew and gives it back when it is freed, so that each tensor of a training step costs a
 page fault for each 4 KB of it: as long as several passes over it.  Kept and used again, the same memory costs nothing
@@ -8,8 +8,13 @@ page fault for each 4 KB of it: as long as several passes over it.  Kept and use
 import ctypes
 import sys
 
+import torch
+
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+# How torch, oneDNN and the C++ library say that memory was refused.
+REFUSALS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a memory")
 
 
 def keep_freed_memory() -> bool:
@@ -24,3 +29,11 @@ def keep_freed_memory() -> bool:
     if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed: on a GPU, or where the system limits what a process may have."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in REFUSALS)

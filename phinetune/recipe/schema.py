@@ -42,6 +42,12 @@ def _known_dtype(value: str) -> str:
     return name
 
 
+def _known_metric(value: str) -> str:
+    if value.removeprefix("eval_") not in ("loss", "perplexity"):
+        raise ValueError("must be eval_loss or perplexity")
+    return value
+
+
 def _loggers(value: Any) -> list[Any]:
     names = [value] if isinstance(value, str) else list(value or [])
     return [name for name in names if name not in ("none", "all")]
@@ -208,7 +214,17 @@ class TrainingConfig(Section):
     save_steps: Annotated[float, Field(gt=0)] = 500
     """Steps between checkpoints; below 1, a share of all steps."""
     save_total_limit: PositiveInt | None = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, two at least; the best by `metric_for_best_model` beside them."""
+    load_best_model_at_end: bool = False
+    """The adapter at the end is that of the best evaluation, not the last one."""
+    metric_for_best_model: Annotated[str, AfterValidator(_known_metric)] | None = None
+    """eval_loss (the default where one is needed) or perplexity: by what the best checkpoint is kept."""
+    greater_is_better: bool | None = None
+    """Whether a larger value of `metric_for_best_model` is better; for both that there are it isn't."""
+    early_stopping_patience: PositiveInt | None = None
+    """Ends when so many evaluations one after the other haven't improved (EarlyStoppingCallback)."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """What counts as an improvement has to be larger."""
     seed: NonNegativeInt = 42
     """Of the LoRA weights, the row order and dropout."""
     data_seed: NonNegativeInt | None = None

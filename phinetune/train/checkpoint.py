@@ -14,7 +14,6 @@ new one.  Nothing in it is a pickle.
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -28,8 +27,10 @@ from torch import nn
 
 from phinetune import lora
 from phinetune.adapter import CONFIG_FILE, TENSOR_FILE, save_adapter
+from phinetune.disk import check_room, flush, naming_full_disk
 from phinetune.errors import CheckpointError
 from phinetune.files import sha256_of
+from phinetune.train.numbers import check_finite
 from phinetune.train.optimiser import trainable_parameters
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 PARAMETERS, OPTIMIZER = "parameters.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 MINIMUM_KEPT = 2  # so that a damaged newest one has a whole one behind it
+SMALL_FILES = 1 << 20  # bytes, more than a checkpoint's JSON, file headers and folders take
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -57,35 +59,57 @@ def save_checkpoint(
     state: Mapping[str, Any],
     base: Base,
     keep: int | None,
+    best: int | None = None,
 ) -> Path:
-    """Writes `folder/checkpoint-STEP`, then removes the oldest beyond `keep`."""
-    final = folder / f"checkpoint-{step}"
+    """Writes `folder/checkpoint-STEP`, then removes the oldest beyond `keep`, but not that of step `best`.
+
+    Raises:
+        RunError: if the disk has no room for it, or something in it isn't finite; what was there stays as it was.
+    """
+    final = checkpoint_of(folder, step)
     work, aside = folder / f".tmp-checkpoint-{step}", folder / f".tmp-checkpoint-{step}-old"
+    parameters, moments = _parameters(model), _moments(model, optimizer)
+    check_finite({**parameters, **moments}, f"step {step}")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    size = checkpoint_bytes(model)
+    check_room(final, size)
     try:
-        save_adapter(model, work, base.model, base.revision, chat_format=base.chat_format)
-        save_file(_parameters(model), work / PARAMETERS)
-        save_file(_moments(model, optimizer), work / OPTIMIZER)
-        (work / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
-        digests = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
-        (work / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n", encoding="utf-8")
-        for path in work.iterdir():
-            _flush(path)
-        _flush(work)
-        if final.exists():  # written by an earlier life of this run: set aside first, so that one of both is whole
+        with naming_full_disk(final, size):
+            work.mkdir()
+            save_adapter(model, work, base.model, base.revision, chat_format=base.chat_format)
+            save_file(parameters, work / PARAMETERS)
+            save_file(moments, work / OPTIMIZER)
+            (work / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
+            digests = {path.name: sha256_of(path) for path in sorted(work.iterdir())}
+            (work / MANIFEST).write_text(json.dumps({"sha256": digests}, indent=2) + "\n", encoding="utf-8")
+            for path in work.iterdir():
+                flush(path)
+            flush(work)
+            if final.exists():  # written by an earlier life of this run: set aside first, so that one of both is whole
+                shutil.rmtree(aside, ignore_errors=True)
+                final.rename(aside)
+            work.rename(final)
+            flush(folder)
             shutil.rmtree(aside, ignore_errors=True)
-            final.rename(aside)
-        work.rename(final)
-        _flush(folder)
-        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     if keep is not None:
         for old in list_checkpoints(folder)[max(keep, MINIMUM_KEPT) :]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != checkpoint_of(folder, best):
+                shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """What a checkpoint takes on disk: what trains, twice, and AdamW's two moments of it."""
+    trained: int = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    kept: int = sum(t.numel() * t.element_size() for t in lora.lora_state_dict(model).values())
+    return 3 * trained + max(trained, kept) + SMALL_FILES
+
+
+def checkpoint_of(folder: Path, step: int | None) -> Path:
+    return folder / f"checkpoint-{step}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -142,15 +166,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Puts what trains and AdamW's moments back, bit for bit.
 
     The adapter's own files are for others: what they round or fold isn't read back here.
+
+    Raises:
+        CheckpointError: if it isn't whole, or doesn't fit the model.
     """
+    read_state(checkpoint)
     try:
         lora.load_lora_state_dict(model, load_file(checkpoint / PARAMETERS))
     except RuntimeError as error:
         raise CheckpointError(str(checkpoint), str(error), "resume with its own recipe and model") from None
+    if optimizer is None:
+        return
     moments = load_file(checkpoint / OPTIMIZER)
     names = {parameter: name for name, parameter in trainable_parameters(model).items()}
     in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -175,12 +205,3 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
         for name, parameter in trainable_parameters(model).items()
         for key, value in optimizer.state[parameter].items()
     }
-
-
-def _flush(path: Path) -> None:
-    """fsync: what was written survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,8 @@ import torch
 
 from phinetune.adapter import save_adapter
 from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, write_ledgers, writes_date
-from phinetune.errors import CheckpointError, RecipeError
+from phinetune.disk import check_room, naming_full_disk, replacing, write_text
+from phinetune.errors import CheckpointError, RecipeError, Stopped
 from phinetune.evaluate import Comparison, compare
 from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
@@ -33,12 +34,21 @@ from phinetune.model import (
 )
 from phinetune.model.memory import Batch, decoder_layers, layers_to_recompute, recompute, recomputed_layers
 from phinetune.recipe import Recipe, TrainingConfig, dump_recipe
-from phinetune.train.checkpoint import Base, list_checkpoints, newest_whole_checkpoint, read_state
+from phinetune.train.checkpoint import (
+    MINIMUM_KEPT,
+    Base,
+    checkpoint_bytes,
+    checkpoint_of,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    read_state,
+)
 from phinetune.train.estimate import expected_gb, expected_seconds, has_kernels
 from phinetune.train.log import ProgressBar, check_loggers, run_log
 from phinetune.train.loop import Loop
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import learning_rates, make_optimizer
+from phinetune.train.signals import Interrupted, listening
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +65,7 @@ FREE_TO_CHANGE = {
         ),
         *("log_level", "disable_tqdm", "report_to", "eval_strategy", "eval_steps", "eval_on_start"),
         *("save_strategy", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
+        *("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"),
         *("gradient_checkpointing", "gradient_checkpointing_layers", "max_memory_gb"),
     },
     "data": {"train", "eval", "max_rejected", "num_proc", "duplicates", "held_out_in_train"},
@@ -106,7 +117,7 @@ def train(
     keep_freed_memory()
     threads = settle_threads()
     native.prepare()
-    with MemoryPeak() as memory:
+    with listening() as signals, MemoryPeak() as memory:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         checkpoint = _checkpoint_to_resume(folder, resume)
         recipe = _with_today(recipe, tokenizer, checkpoint)
@@ -115,6 +126,7 @@ def train(
 
         learning_rate_at = learning_rates(config, len(steps))
         check_loggers(config)
+        _check_evaluations(config, data)
 
         device = pick_device(config.use_cpu)
         recipe = _with_dtype(recipe, device, checkpoint)
@@ -140,7 +152,10 @@ def train(
             folder=folder,
             base=base,
             identity=identity,
+            signals=signals,
         )
+        _check_room(loop)
+        signals.check()
         with _output(folder, recipe, data, tokenizer, fresh=not resume):
             for word in words:
                 log.warning(word)
@@ -149,20 +164,24 @@ def train(
             _announce(loop, data, batch, threads)
             loop.run()
 
-            save_adapter(model, folder, base.model, base.revision, chat_format=base.chat_format)
-            comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
-            if comparison is not None:
-                loop.write_last_evaluation(comparison.tuned)
-            summary = {
-                "model": recipe.model,
-                "rows": data.ledgers["train"].used,
-                "steps": len(steps),
-                "seconds": round(time.perf_counter() - began, 1),
-                "peak_gb": round(memory.gb, 3),
-                **(comparison.summary() if comparison else {}),
-            }
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-            log.info(f"done: {len(steps)} steps in {summary['seconds']:.0f} s, peak {memory.gb:.2f} GB, {folder}")
+            with signals.deferred():
+                loop.load_best()
+                save_adapter(model, folder, base.model, base.revision, chat_format=base.chat_format)
+            with _ending_at_once(loop):
+                comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
+            with signals.deferred():
+                if comparison is not None:
+                    loop.write_last_evaluation(comparison.tuned)
+                summary = {
+                    "model": recipe.model,
+                    "rows": data.ledgers["train"].used,
+                    "steps": loop.step,
+                    "seconds": round(time.perf_counter() - began, 1),
+                    "peak_gb": round(memory.gb, 3),
+                    **(comparison.summary() if comparison else {}),
+                }
+                write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+                log.info(f"done: {loop.step} steps in {summary['seconds']:.0f} s, peak {memory.gb:.2f} GB, {folder}")
     return Result(folder, summary, comparison)
 
 
@@ -180,14 +199,52 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 @contextmanager
+def _ending_at_once(loop: Loop) -> Iterator[None]:
+    """A signal in this block, behind the last step, ends it, with a checkpoint from which it is done again."""
+    try:
+        loop.signals.check()
+        yield
+    except Interrupted as interrupted:
+        if not checkpoint_of(loop.folder, loop.step).is_dir():
+            loop.save()
+        what = f"stopped by {interrupted} in the evaluation behind the last step, with everything trained"
+        raise Stopped(f"step {loop.step}", what, "go on with --resume", interrupted.number) from None
+
+
+def _check_evaluations(config: TrainingConfig, data: Prepared) -> None:
+    """Raises RecipeError if evaluations are to decide something, and there are none."""
+    asked = {
+        "load_best_model_at_end": config.load_best_model_at_end,
+        "metric_for_best_model": config.metric_for_best_model is not None,
+        "early_stopping_patience": config.early_stopping_patience is not None,
+    }
+    names = [name for name, is_asked in asked.items() if is_asked]
+    if names and (config.eval_strategy == "no" or not len(data.eval)):
+        lacking = "held-out rows" if not len(data.eval) else "evaluations on the way"
+        mend = "set data.eval" if not len(data.eval) else "set training_config.eval_strategy: steps or epoch"
+        raise RecipeError(f"training_config.{names[0]}", f"needs {lacking}, and there are none", mend)
+
+
+def _check_room(loop: Loop) -> None:
+    """Raises RunError unless the disk has room for every checkpoint that will be there at once, and the adapter."""
+    config, size = loop.recipe.training_config, checkpoint_bytes(loop.model)
+    saves = loop.saves_to_come
+    if config.save_total_limit is not None:  # one more is written before the oldest is removed
+        saves = min(saves, max(config.save_total_limit, MINIMUM_KEPT) + 1 + loop.best.keeps)
+    there = len(list_checkpoints(loop.folder))
+    check_room(loop.folder, max(saves - there, 1 if saves else 0) * size + size // 4)
+
+
+@contextmanager
 def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool) -> Iterator[None]:
     """The output folder, with what is known before training in it, and the log open."""
     folder.mkdir(parents=True, exist_ok=True)
     if fresh:
         _remove_run(folder)
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
-    tokenizer.save_pretrained(folder)
+    with naming_full_disk(folder):
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
+        tokenizer.save_pretrained(folder)
     with run_log(folder, recipe.training_config.log_level):
         yield
 
@@ -338,6 +395,6 @@ def _compare(recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, folder:
     for who, measured in (("base ", comparison.base), ("tuned", comparison.tuned)):
         log.info(f"{who}  " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items()))
     if recipe.evaluation.metrics:
-        with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+        with replacing(folder / "answers.jsonl") as work, work.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in comparison.answers)
     return comparison

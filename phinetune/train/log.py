@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from phinetune.disk import naming_full_disk, replacing
 from phinetune.errors import InputError
 from phinetune.recipe import TrainingConfig
 
@@ -24,7 +25,7 @@ def run_log(folder: Path, level: str) -> Iterator[None]:
     """Everything logged under `phinetune` goes to the screen and to `train.log`, for a `with` block."""
     logger = logging.getLogger("phinetune")
     screen = _Screen()
-    file = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    file = _File(folder / "train.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = logger.level
     logger.setLevel("INFO" if level == "passive" else level.upper())
@@ -37,6 +38,14 @@ def run_log(folder: Path, level: str) -> Iterator[None]:
             logger.removeHandler(handler)
         file.close()
         logger.setLevel(before)
+
+
+class _File(logging.FileHandler):
+    """A full disk ends the run, in place of a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with naming_full_disk(Path(self.baseFilename), len(record.getMessage())):
+            raise
 
 
 class _Screen(logging.Handler):
@@ -54,12 +63,14 @@ class MetricsWriter:
         self._path = folder / METRICS
         if first_step > 0 and self._path.exists():
             self._forget_after(first_step)
-        self._file = self._path.open("a" if first_step > 0 else "w", encoding="utf-8")
+        self._file = self._path.open("ab" if first_step > 0 else "wb", buffering=0)  # a line is written or isn't
         self._board = _tensorboard(folder, config, first_step) if "tensorboard" in config.report_to else None
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(metrics)) + "\n")
-        self._file.flush()
+        line = (json.dumps(dict(metrics)) + "\n").encode()
+        with naming_full_disk(self._path, len(line)):
+            while line:
+                line = line[self._file.write(line) or 0 :]
         if self._board is not None:
             for name, value in metrics.items():
                 if name != "step":
@@ -77,7 +88,8 @@ class MetricsWriter:
         """A resumed run writes the steps after its checkpoint again."""
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self._path.write_text("".join(kept), encoding="utf-8")
+        with replacing(self._path, sum(map(len, kept))) as work:
+            work.write_text("".join(kept), encoding="utf-8")
 
 
 def check_loggers(config: TrainingConfig) -> None:

@@ -5,24 +5,26 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
 from phinetune.data import Example, Plan, supervised_tokens
-from phinetune.errors import RunError, Stopped
+from phinetune.errors import CheckpointError, RunError, Stopped
 from phinetune.evaluate import evaluate_loss
+from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.model import flat_batches, loss_sum
 from phinetune.recipe import Recipe
-from phinetune.train.checkpoint import Base, load_checkpoint, read_state, save_checkpoint
+from phinetune.train.best import Best
+from phinetune.train.checkpoint import Base, checkpoint_of, load_checkpoint, read_state, save_checkpoint
 from phinetune.train.log import MetricsWriter, ProgressBar
+from phinetune.train.numbers import REMEMBERED, is_jump, name_fault, worst_rows
 from phinetune.train.optimiser import interval, trainable_parameters
+from phinetune.train.signals import Interrupted, Signals
 
 log = logging.getLogger(__name__)
 
@@ -43,28 +45,44 @@ def training_step(
     rows in flat batches doesn't change it.  Dropout is drawn from (seed, number of the batch).
 
     Raises:
-        FloatingPointError: before the update, if the loss or a gradient isn't finite.
+        ValueError: if no token of the rows is supervised.
+        FloatingPointError: before the update, if the loss or a gradient isn't finite; gradients are as they were found.
+        OutOfMemory: before the update, if memory was refused; gradients are zero.
     """
     parameters = list(trainable_parameters(model).values())
     for parameter in parameters:
         if parameter.grad is None:  # kept for the whole run: made among activations they leave holes in the heap
             parameter.grad = torch.zeros_like(parameter)
     supervised = supervised_tokens(examples)
+    if not supervised:
+        raise ValueError("no token of the step's rows is supervised")
     loss = 0.0
-    for number, batch in enumerate(flat_batches(model, examples, max_batch_tokens)):
-        torch.manual_seed(derive_seed(*seed, number))
-        batch_loss = loss_sum(model, batch.to(model.device)) / supervised
-        batch_loss.backward()
-        loss += batch_loss.item()
+    try:
+        for number, batch in enumerate(flat_batches(model, examples, max_batch_tokens)):
+            torch.manual_seed(derive_seed(*seed, number))
+            batch_loss = loss_sum(model, batch.to(model.device)) / supervised
+            batch_loss.backward()
+            loss += batch_loss.item()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        optimizer.zero_grad(set_to_none=False)
+        raise OutOfMemory(" ".join(str(error).split())) from None
 
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    grad_norm = norm.item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or math.inf, norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_factor", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     return loss, grad_norm
+
+
+class OutOfMemory(MemoryError):
+    """A step's forward or backward pass was refused memory."""
 
 
 def derive_seed(*numbers: int) -> int:
@@ -79,6 +97,7 @@ class Counters:
     tokens: int = 0
     supervised_tokens: int = 0
     digest: str = ""  # of all tokens, in the order in which they were trained on
+    losses: list[float] = field(default_factory=list)  # of the last steps, by which jumps are seen
     since_loss: float = 0.0  # Σ loss · supervised tokens
     since_tokens: int = 0
     since_supervised: int = 0
@@ -100,11 +119,15 @@ class Loop:
     folder: Path
     base: Base
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
+    signals: Signals = field(default_factory=Signals)
     step: int = 0
     counters: Counters = field(default_factory=Counters)
+    best: Best = field(init=False)
 
     def __post_init__(self) -> None:
         config, total = self.recipe.training_config, len(self.steps)
+        self.best = Best.of(config)
+        self.max_batch_tokens = self.recipe.data.max_batch_tokens  # fewer, once memory was refused
         epoch_ends = self.steps.epoch_ends
         eval_steps = config.eval_steps or config.logging_steps
         self._log_at = _due(config.logging_strategy, config.logging_steps, total, epoch_ends) | {total}
@@ -122,62 +145,104 @@ class Loop:
         state = read_state(checkpoint)
         load_checkpoint(checkpoint, self.model, self.optimizer)
         self.step, self.counters = state["step"], Counters(**state["counters"])
+        self.best = Best.of(self.recipe.training_config, **state["best"])
+        self.max_batch_tokens = min(self.max_batch_tokens, state["max_batch_tokens"])
         log.info(f"resuming behind step {self.step} from {checkpoint}")
 
     def run(self) -> None:
-        """Trains from `self.step` to the end.
+        """Trains from `self.step` to the end, or until evaluations have stopped improving.
 
         Raises:
-            RunError: if a loss or gradient isn't finite.
+            RunError: if a loss or gradient isn't finite, a row doesn't fit into memory, or a checkpoint on the disk.
             Stopped: on SIGINT or SIGTERM, behind a checkpoint.
         """
         config = self.recipe.training_config
         self.model.train()
         bar = ProgressBar("training", len(self.steps), not config.disable_tqdm, self.step)
-        with _signals() as caught, bar, MetricsWriter(self.folder, config, self.step) as metrics:
-            if config.eval_on_start and self.step == 0:
-                self._evaluate(metrics)
-            while self.step < len(self.steps):
-                rows = self.steps[self.step]
-                examples = [self.train[row] for row in rows]
+        with self.signals.deferred(), bar, MetricsWriter(self.folder, config, self.step) as metrics:
+            self._evaluate_if_due(metrics)  # on start, or what a signal left undone
+            while self.step < len(self.steps) and not self.best.is_exhausted:
+                examples = [self.train[row] for row in self.steps[self.step]]
                 learning_rate = self.learning_rate_at(self.step)
                 begin = time.perf_counter()
-                try:
-                    loss, grad_norm = training_step(
-                        self.model,
-                        self.optimizer,
-                        examples,
-                        learning_rate=learning_rate,
-                        max_grad_norm=config.max_grad_norm,
-                        max_batch_tokens=self.recipe.data.max_batch_tokens,
-                        seed=(config.seed, self.step),
-                    )
-                except FloatingPointError as error:
-                    where = ", ".join(self.train[row].where for row in rows[:4])
-                    raise RunError(
-                        f"step {self.step + 1}",
-                        f"{error} on rows {where}{' …' if len(rows) > 4 else ''}: nothing was updated",
-                        "lower the learning rate, or look at these rows",
-                    ) from None
+                loss, grad_norm = self._update(examples, learning_rate)
                 self.step += 1
                 seconds = time.perf_counter() - begin
+                self._flag_jump(examples, loss)
                 tokens = self._count(examples, loss, grad_norm, seconds)
                 bar.advance(note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
 
                 if self.step in self._log_at:
                     metrics.write(self._log_line(learning_rate))
-                if self.step in self._eval_at:
-                    self._evaluate(metrics)
-                stopped_by = caught[0] if caught else None
-                if self.step in self._save_at or stopped_by:
-                    self._save()
-                if stopped_by:
-                    what = f"stopped by {signal.Signals(stopped_by).name} behind checkpoint-{self.step}"
-                    raise Stopped(f"step {self.step}", what, "go on with --resume", stopped_by)
+                try:
+                    self._evaluate_if_due(metrics)
+                except Interrupted:  # taken again behind the checkpoint
+                    pass
+                ended_early = self.best.is_exhausted and config.save_strategy != "no"
+                if self.step in self._save_at or self.best.is_wanted(self.step) or self.signals.caught or ended_early:
+                    self.save()
+                if self.signals.caught and not self.is_over:
+                    name = signal.Signals(self.signals.caught).name
+                    what = f"stopped by {name} behind checkpoint-{self.step}"
+                    raise Stopped(f"step {self.step}", what, "go on with --resume", self.signals.caught)
+        if self.best.is_exhausted:
+            log.info(f"early stopping behind step {self.step}: {self.best.words}")
+
+    @property
+    def saves_to_come(self) -> int:
+        return sum(step > self.step for step in self._save_at)
+
+    @property
+    def is_over(self) -> bool:
+        return self.step == len(self.steps) or self.best.is_exhausted
+
+    def _update(self, examples: Sequence[Example], learning_rate: float) -> tuple[float, float]:
+        """`training_step`, in smaller flat batches once memory is refused: the same rows, the same update."""
+        config = self.recipe.training_config
+        longest = max(len(example.ids) for example in examples)
+        while True:
+            try:
+                return training_step(
+                    self.model,
+                    self.optimizer,
+                    examples,
+                    learning_rate=learning_rate,
+                    max_grad_norm=config.max_grad_norm,
+                    max_batch_tokens=self.max_batch_tokens,
+                    seed=(config.seed, self.step),
+                )
+            except FloatingPointError as error:
+                raise self._not_finite(examples, error) from None
+            except OutOfMemory as error:
+                refused = str(error)
+            tokens = min(self.max_batch_tokens, sum(len(example.ids) for example in examples))
+            if tokens <= longest:
+                what = f"a row of {longest:,} tokens doesn't fit into memory ({refused})"
+                mend = "lower data.max_length, set gradient_checkpointing: true, or choose a smaller model"
+                raise RunError(f"step {self.step + 1}", what, mend)
+            self.max_batch_tokens = tokens // 2
+            log.warning(
+                f"step {self.step + 1}: memory was refused for a flat batch of {tokens:,} tokens: going on with "
+                f"{self.max_batch_tokens:,}, the same rows a step"
+            )
+
+    def _not_finite(self, examples: Sequence[Example], error: FloatingPointError) -> RunError:
+        """Names the step, the rows and the module."""
+        fault = name_fault(self.model, flat_batches(self.model, examples, self.max_batch_tokens))
+        where = ", ".join(example.where for example in examples[:4]) + (" …" if len(examples) > 4 else "")
+        what = f"{error} on rows {where}: {fault}; nothing was updated"
+        return RunError(f"step {self.step + 1}", what, "lower the learning rate, or look at these rows")
+
+    def _flag_jump(self, examples: Sequence[Example], loss: float) -> None:
+        losses = self.counters.losses
+        if is_jump(loss, losses):
+            rows = worst_rows(self.model, examples, self.max_batch_tokens)
+            log.warning(f"step {self.step}: the loss jumped to {loss:.3g}, most of all on rows {rows}")
+        self.counters.losses = [*losses, loss][-REMEMBERED:]
 
     def write_last_evaluation(self, measured: dict[str, float]) -> None:
         """The evaluation behind the last step, unless the loop has taken one there."""
-        if len(self.steps) not in self._eval_at:
+        if self.best.evaluated_behind != self.step:
             with MetricsWriter(self.folder, self.recipe.training_config, self.step) as metrics:
                 metrics.write({"step": self.step, **measured})
 
@@ -207,30 +272,51 @@ class Loop:
             "supervised_tokens": counters.supervised_tokens,
             "tokens_per_second": counters.since_tokens / counters.since_seconds,
         }
-        self.counters = Counters(counters.tokens, counters.supervised_tokens, counters.digest)
+        self.counters = Counters(counters.tokens, counters.supervised_tokens, counters.digest, counters.losses)
         log.info(
             f"step {self.step}/{len(self.steps)}  loss {line['loss']:.4f}  lr {learning_rate:.2e}  "
             f"grad norm {line['grad_norm']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
         )
         return line
 
-    def _evaluate(self, metrics: MetricsWriter) -> None:
-        if self.eval:
-            measured = evaluate_loss(self.model, self.eval, self.recipe.data.max_batch_tokens)
-            log.info(f"step {self.step}  eval_loss {measured['eval_loss']:.4f}")
-            metrics.write({"step": self.step, **measured})
+    def _evaluate_if_due(self, metrics: MetricsWriter) -> None:
+        """
+        Raises:
+            Interrupted: where a signal has come meanwhile; the evaluation still is to be taken.
+        """
+        on_start = self.recipe.training_config.eval_on_start and self.step == 0
+        if not self.eval or not (on_start or self.step in self._eval_at) or self.best.evaluated_behind == self.step:
+            return
+        measured = evaluate_loss(self.model, self.eval, self.max_batch_tokens, self.signals.check)
+        log.info(f"step {self.step}  eval_loss {measured['eval_loss']:.4f}")
+        metrics.write({"step": self.step, **measured})
+        self.best.see(self.step, measured)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """A checkpoint of what is now."""
+        state = {
+            "counters": asdict(self.counters),
+            "best": self.best.state(),
+            "max_batch_tokens": self.max_batch_tokens,
+            "identity": self.identity,
+        }
+        limit = self.recipe.training_config.save_total_limit
         path = save_checkpoint(
-            self.folder,
-            self.step,
-            self.model,
-            self.optimizer,
-            {"counters": asdict(self.counters), "identity": self.identity},
-            self.base,
-            self.recipe.training_config.save_total_limit,
+            self.folder, self.step, self.model, self.optimizer, state, self.base, limit, self.best.step
         )
         log.info(f"wrote {path}")
+
+    def load_best(self) -> None:
+        """Puts the adapter back that evaluated best, where `load_best_model_at_end` asks for it."""
+        config, step = self.recipe.training_config, self.best.step
+        if not config.load_best_model_at_end or step in (None, self.step):
+            return
+        try:
+            load_checkpoint(checkpoint_of(self.folder, step), self.model)
+        except CheckpointError as error:
+            log.warning(f"load_best_model_at_end: {error}; the last adapter is kept")
+            return
+        log.info(f"the adapter of step {step} is kept: {self.best.words}")
 
 
 def _due(strategy: str, every: float, total: int, epoch_ends: set[int]) -> set[int]:
@@ -239,27 +325,3 @@ def _due(strategy: str, every: float, total: int, epoch_ends: set[int]) -> set[i
         each = interval(every, total)
         return set(range(each, total + 1, each))
     return set(epoch_ends) if strategy == "epoch" else set()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Notes SIGINT and SIGTERM in place of dying of them; a second one ends the process as usual."""
-    caught: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        for stopping, handler in before.items():
-            signal.signal(stopping, handler)
-        log.info(f"{signal.Signals(number).name}: finishing this step and writing a checkpoint")
-
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for stopping in (signal.SIGINT, signal.SIGTERM):
-            before[stopping] = signal.signal(stopping, note)
-    except ValueError:  # not the main thread: signals are somebody else's
-        pass
-    try:
-        yield caught
-    finally:
-        for stopping, handler in before.items():
-            signal.signal(stopping, handler)

@@ -1,0 +1,79 @@
+"""Writing so that nothing is ever half there, and saying how much is short when a disk is full."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from phinetune.errors import RunError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def replacing(path: Path, size: int = 0) -> Iterator[Path]:
+    """A path to write to, whose file takes `path`'s place when the block ends: at every moment, behind a kill or a
+    power cut too, `path` is the old file or the new one, whole.
+
+    Raises:
+        RunError: where the disk is full (`size` is about what will be written); nothing is left of the attempt.
+    """
+    work = path.with_name(f".tmp-{path.name}")
+    try:
+        with naming_full_disk(path, size):
+            yield work
+            flush(work)
+            work.replace(path)
+            flush(path.parent)
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small file, whole or not at all."""
+    with replacing(path, len(text)) as work:
+        work.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming_full_disk(path: Path, size: int = 0) -> Iterator[None]:
+    """Turns a full disk into a RunError that says where, and how much is short of `size` bytes."""
+    try:
+        yield
+    except Exception as error:  # tokenizers and safetensors have their own kinds, with the system's number as text
+        if getattr(error, "errno", None) not in FULL and f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise _full(path, size) from None
+
+
+def check_room(path: Path, size: int) -> None:
+    """Raises RunError unless `size` bytes are free where `path` (a file or folder, there or not) lies."""
+    if free_bytes(path) < size:
+        raise _full(path, size)
+
+
+def free_bytes(path: Path) -> int:
+    """What a user may still write on the volume of `path`."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or folder: what was written, or renamed in it, survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _full(path: Path, size: int) -> RunError:
+    free = free_bytes(path)
+    short = max(size - free, 1)
+    what = f"no space: {size:,} bytes are to be written and {free:,} are free, {short:,} too few"
+    return RunError(str(path), what, "make room there, and go on with --resume; what was whole is whole")

@@ -1,0 +1,89 @@
+"""SIGINT and SIGTERM: a run ends soon, behind a checkpoint where it has something to keep.
+
+    load, tokenise     ends at once: there is nothing to keep
+    train              the step is finished, a checkpoint written
+    evaluate, answer   given up, to be done again behind --resume; a checkpoint written where none is of this step
+    save               the checkpoint is finished
+
+A second signal ends the process as if nobody listened; what is half written then is removed by the next run.
+"""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from phinetune.errors import Stopped
+
+log = logging.getLogger(__name__)
+
+LISTENED_TO = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """Raised where a signal ends what is being done. No `except Exception` on the way takes it for a fault."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """What has been caught; `deferred` while work is done that is to be finished first."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._deferred = 0
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In this block a signal is only noted."""
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+
+    def check(self) -> None:
+        """Raises Interrupted where a signal has been noted."""
+        if self.caught is not None:
+            raise Interrupted(self.caught)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.caught = number
+        for listened in LISTENED_TO:  # the next one isn't Python's to delay
+            signal.signal(listened, signal.SIG_DFL)
+        log.info(f"{signal.Signals(number).name}: stopping; a second signal stops at once, without a checkpoint")
+        if not self._deferred:
+            raise Interrupted(number)
+
+
+@contextmanager
+def listening() -> Iterator[Signals]:
+    """Catches signals for a block, on the main thread; elsewhere they are somebody else's.
+
+    Raises:
+        Stopped: where one ended the block before there was anything to keep.
+    """
+    signals, before = Signals(), {}
+    try:
+        for listened in LISTENED_TO:
+            before[listened] = signal.signal(listened, signals.note)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield signals
+    except Interrupted as interrupted:
+        what = f"stopped by {interrupted} before a step was made: nothing is lost"
+        raise Stopped(
+            "train", what, "start it again, with --resume where the run has begun", interrupted.number
+        ) from None
+    finally:
+        _put_back(before)
+
+
+def _put_back(handlers: dict[signal.Signals, Any]) -> None:
+    for listened, handler in handlers.items():
+        signal.signal(listened, handler)
