@@ -1,0 +1,143 @@
+"""The scoreboard: runs are killed, starved of disk, damaged, interrupted and lied to; what is lost is counted.
+
+    make scoreboard                                  everything (within the hour)
+    python benchmarks/reliability kills --kills 30   a part, with other numbers
+
+    kills        SIGKILL at random instants of runs of SmolLM2-135M, and of their resumptions
+    calls        SIGKILL before every system call of a save, and the order of durability (needs strace)
+    disk         no space at every write of a save, and on a small disk (needs strace, and `unshare -rm` around it)
+    corruption   every file of a checkpoint missing, empty, truncated, with a bit flipped
+    signals      SIGTERM and SIGINT at random instants
+
+A section's keys are merged into benchmarks/results/reliability.json, and the table into docs/reliability.md.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import corruption as corruption_trials
+import disk as disk_trials
+import forked
+import kills as kill_trials
+import signals as signal_trials
+from subject import Subject
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
+
+
+class Bench:
+    """The subjects, made when they are first needed."""
+
+    def __init__(self, folder: Path, asked: argparse.Namespace) -> None:
+        self.folder, self.asked = folder, asked
+        self._made: dict[str, Subject] = {}
+
+    def real(self) -> Subject:
+        """The embedded model, SmolLM2-135M."""
+        return self._subject(self.asked.model or "smollm2")
+
+    def small(self) -> Subject:
+        """A two-layer Phi-3 of random weights, for what a model's size doesn't touch."""
+        return self._subject(str(small_phi3(self.folder)))
+
+    def _subject(self, model: str) -> Subject:
+        if model not in self._made:
+            self._made[model] = Subject(self.folder / f"subject-{len(self._made)}", model)
+        return self._made[model]
+
+
+def small_phi3(folder: Path) -> Path:
+    """Made in a fork, since this process must not compute."""
+    path = folder / "small-phi3"
+    if not path.is_dir():
+        pid = os.fork()
+        if not pid:
+            sys.path.insert(0, str(ROOT / "tests"))
+            from conftest import tiny_model
+
+            from phinetune.model import load_tokenizer
+            from phinetune.recipe import ModelKwargs
+
+            tiny_model("phi3", "sdpa").save_pretrained(path)
+            load_tokenizer("smollm2", ModelKwargs()).save_pretrained(path)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+    return path
+
+
+def kills(bench: Bench) -> dict[str, Any]:
+    return kill_trials.random_kills(bench.real(), bench.asked.kills, bench.asked.seed)
+
+
+def calls(bench: Bench) -> dict[str, Any]:
+    found = kill_trials.calls_of_a_save(bench.small())
+    killed = kill_trials.kills_at_calls(bench.small(), found[:: bench.asked.every])
+    return {**killed, **kill_trials.order_of_durability(found)}
+
+
+def disk(bench: Bench) -> dict[str, Any]:
+    found = kill_trials.calls_of_a_save(bench.small())
+    return disk_trials.starve(bench.small(), found, bench.asked.every)
+
+
+def corruption(bench: Bench) -> dict[str, Any]:
+    return corruption_trials.corrupt(bench.small(), bench.asked.seed, bench.asked.truncations, bench.asked.flips)
+
+
+def signals(bench: Bench) -> dict[str, Any]:
+    return signal_trials.interrupt(bench.real(), bench.asked.signals, bench.asked.seed)
+
+
+SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "calls": calls,
+    "disk": disk,
+    "corruption": corruption,
+    "signals": signals,
+    "kills": kills,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], metavar="SECTION", default=[])
+    parser.add_argument("--seed", type=int, default=6)
+    parser.add_argument("--model", help="in place of smollm2, for kills and signals")
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--signals", type=int, default=100)
+    parser.add_argument("--truncations", type=int, default=20, help="a file")
+    parser.add_argument("--flips", type=int, default=50, help="of bits, a file")
+    parser.add_argument("--every", type=int, default=1, help="N-th system call only")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    forked.preload()
+    with tempfile.TemporaryDirectory(prefix="phinetune-scoreboard-") as folder:
+        bench = Bench(Path(folder), asked)
+        for name in asked.sections or SECTIONS:
+            begin = time.monotonic()
+            found = SECTIONS[name](bench)
+            found |= {f"{name}_seconds": round(time.monotonic() - begin), f"{name}_seed": asked.seed}
+            if name in ("kills", "signals"):
+                found[f"{name}_model"] = Path(asked.model).name if asked.model else "smollm2"
+            print(json.dumps({name: found}), flush=True)
+            merge(asked.results, found)
+
+
+def merge(results: Path, found: dict[str, Any]) -> None:
+    from importlib.metadata import version
+
+    held = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    versions = {name: version(name) for name in ("phinetune", "torch", "transformers", "safetensors")}
+    results.write_text(json.dumps({**held, **found, "versions": versions}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

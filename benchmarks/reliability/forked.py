@@ -1,0 +1,100 @@
+"""Runs of the command line in processes forked from this one, which has torch loaded: a second in place of five.
+
+This process imports and never computes, so a fork of it is like a process that has just started.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+
+def preload() -> None:
+    """Everything that a run imports."""
+    import tokenizers  # noqa: F401
+    import torch  # noqa: F401
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama
+    import transformers.models.phi3.modeling_phi3  # noqa: F401
+
+    import phinetune.cli.app
+    import phinetune.cli.quiet
+    import phinetune.cli.train
+    import phinetune.train  # noqa: F401
+
+
+@dataclass
+class Run:
+    """A process that runs `phinetune …`; what it says goes to `said`."""
+
+    pid: int
+    said: Path
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def wait(self, seconds: float = 300) -> int:
+        """The exit code, negative for a signal; a run that takes too long is killed and is an error."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        self.kill()
+        os.waitpid(self.pid, 0)
+        raise TimeoutError(f"a run took more than {seconds:g} s: {self.text()[-2000:]}")
+
+    def ends_within(self, seconds: float) -> int | None:
+        """The exit code, or None for a run that goes on."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.001)
+        return None
+
+    def text(self) -> str:
+        return self.said.read_text(encoding="utf-8", errors="replace")
+
+
+def start(arguments: Sequence[str], said: Path, before: Callable[[], None] = lambda: None) -> Run:
+    """`phinetune ARGUMENTS` in a fork; `before` is called in it first."""
+    said.touch()
+    pid = os.fork()
+    if pid:
+        return Run(pid, said)
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["phinetune", *arguments]
+        before()
+        from phinetune.cli import main
+
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = 0 if ended.code is None else ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def module(name: str) -> ModuleType:
+    return sys.modules[name]
