@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test test-slow bench bench-gpu bench-lora bench-data check format build clean
+.PHONY: install demo test test-slow scoreboard bench bench-gpu bench-lora bench-data check format build clean
 
 install: .venv/installed
 
@@ -40,6 +40,10 @@ bench-gpu: install .venv-trl/installed
 bench-lora: install
 	$(BIN)/python benchmarks/lora_linear.py --dtype float32
 	$(BIN)/python benchmarks/lora_linear.py --dtype bfloat16 --rounds 1
+
+# Runs killed, starved of disk, damaged and interrupted; docs/reliability.md. It needs Linux and strace.
+scoreboard: install
+	unshare -rm $(BIN)/python benchmarks/reliability
 
 bench-data: install .venv-trl/installed
 	$(BIN)/python benchmarks/data.py

@@ -42,7 +42,7 @@ class Bench:
 
     def real(self) -> Subject:
         """The embedded model, SmolLM2-135M."""
-        return self._subject(self.asked.model or "smollm2")
+        return self.small() if self.asked.model == "small" else self._subject(self.asked.model or "smollm2")
 
     def small(self) -> Subject:
         """A two-layer Phi-3 of random weights, for what a model's size doesn't touch."""
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], metavar="SECTION", default=[])
     parser.add_argument("--seed", type=int, default=6)
-    parser.add_argument("--model", help="in place of smollm2, for kills and signals")
+    parser.add_argument("--model", help="in place of smollm2, for kills and signals: `small`, or a folder")
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--signals", type=int, default=100)
     parser.add_argument("--truncations", type=int, default=20, help="a file")

@@ -37,7 +37,7 @@ def starve(given: Subject, calls: list[Call], every: int) -> dict[str, Any]:
 
 
 def is_write(call: Call) -> bool:
-    if "checkpoint" not in call.line:
+    if "checkpoint" not in call.line or " = -1 " in call.line:
         return False
     return call.name in WRITING or (call.name == "openat" and "O_CREAT" in call.line)
 

@@ -1,6 +1,5 @@
 """The `phinetune` command. Heavy imports happen inside the verbs, so that `--help` answers at once."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,6 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         code = app(standalone_mode=False)
     except PhinetuneError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,11 +11,12 @@ import phinetune
 from phinetune import lora
 from phinetune.data import Example
 from phinetune.errors import RecipeError, RunError
-from phinetune.model import adapt_model
+from phinetune.model import adapt_model, flat_batches
 from phinetune.recipe import PeftConfig, TrainingConfig
 from phinetune.train import training_step
 from phinetune.train.checkpoint import Base, load_checkpoint, save_checkpoint
 from phinetune.train.finetune import WRITTEN
+from phinetune.train.numbers import name_fault
 from phinetune.train.optimiser import learning_rates, make_optimizer
 
 TINY = {"use_cpu": True, "disable_tqdm": True, "learning_rate": 2e-3}
@@ -239,3 +240,65 @@ def test_small_phi3_learns_real_instructions(tmp_path, phi3_tokenizer, alpaca_ch
     assert config["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
     assert config["rank_pattern"] == {"gate_up_proj": 16, "qkv_proj": 24}
     assert config["alpha_pattern"] == {"gate_up_proj": 32, "qkv_proj": 48}
+
+
+def test_early_stopping_keeps_the_best_adapter(tmp_path, tiny_llama_folder, chats):
+    """At a learning rate that soon spoils the held-out loss; transformers' EarlyStoppingCallback counts the same."""
+    folder = tmp_path / "run"
+    result = phinetune.finetune(
+        model=str(tiny_llama_folder),
+        train=str(chats),
+        eval=0.1,
+        training_config={
+            **TINY, "output_dir": str(folder), "learning_rate": 0.3, "lr_scheduler_type": "constant",
+            "num_train_epochs": 20, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2,
+            "load_best_model_at_end": True, "early_stopping_patience": 3,
+        },
+        model_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert result.summary["steps"] == max(evaluated) == best + 3 * 2 < 180
+    assert (folder / f"checkpoint-{best}").is_dir()
+    assert result.summary["tuned"]["eval_loss"] == pytest.approx(evaluated[best], rel=1e-4)
+
+
+def test_what_decides_needs_evaluations(tmp_path, tiny_llama_folder, chats):
+    config = {**TINY, "output_dir": str(tmp_path / "run"), "early_stopping_patience": 2}
+    with pytest.raises(RecipeError, match=r"early_stopping_patience: needs held-out rows.*set data.eval"):
+        phinetune.finetune(model=str(tiny_llama_folder), train=str(chats), training_config=config)
+
+
+def test_a_fault_is_named_where_it_begins():
+    model = tiny_model("llama")
+    adapt_model(model, PeftConfig(r=4), seed=1)
+    batches = flat_batches(model, examples(), 100)
+    assert name_fault(model, batches) == "with dropout off every number is finite"
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.inf
+    assert name_fault(model, batches) == "the weights of model.layers.1.mlp.down_proj.weight are not finite"
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = 0
+        model.model.layers[1].mlp.down_proj.weight.mul_(3e38)
+    assert name_fault(model, batches) == "the output of model.layers.1.mlp.down_proj is not finite"
+
+
+def test_nothing_that_is_not_finite_is_saved(tmp_path):
+    model = tiny_model("llama")
+    adapt_model(model, PeftConfig(r=4), seed=1)
+    optimizer = make_optimizer(model, TrainingConfig(), PeftConfig())
+    with torch.no_grad():
+        next(lora.lora_layers(model))[1].lora_B[0, 0] = math.nan
+    with pytest.raises(RunError, match=r"step 2: .*lora_B holds numbers that are not finite: nothing was saved"):
+        save_checkpoint(tmp_path, 2, model, optimizer, {}, Base("tiny", None), keep=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_without_targets_is_an_error():
+    model = tiny_model("llama")
+    adapt_model(model, PeftConfig(r=4), seed=1)
+    rows = [Example("row 1", [5, 6, 7], [False] * 3)]
+    settings = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "max_batch_tokens": 100, "seed": (0,)}
+    with pytest.raises(ValueError, match="no token of the step's rows is supervised"):
+        training_step(model, make_optimizer(model, TrainingConfig(), PeftConfig()), rows, **settings)

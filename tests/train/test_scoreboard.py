@@ -1,0 +1,43 @@
+"""A sample of the scoreboard (benchmarks/reliability; `make scoreboard` runs it in full): real runs, really ended."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, signals and mounts of Linux")
+
+
+def score(tmp_path, *sections, within=()):
+    results, script = tmp_path / "results.json", str(ROOT / "benchmarks" / "reliability")
+    few = ["--kills", "6", "--signals", "5", "--truncations", "3", "--flips", "6", "--every", "30"]
+    command = [*within, sys.executable, script, *sections, *few, "--model", "small", "--results", str(results)]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(results.read_text()), ran.stdout
+
+
+def test_killed_signalled_and_damaged(tmp_path):
+    found, said = score(tmp_path, "kills", "signals", "corruption")
+    assert (found["kills"], found["kills_lost"]) == (6, 0), said
+    assert found["kills_most_steps_lost"] <= 3, "no more than lie between two saves"
+    assert (found["signals"], found["signals_late"], found["signals_faults"]) == (5, 0, 0), said
+    assert found["corruptions"] == 7 * 11
+    assert (found["corruptions_missed"], found["corruptions_resumed_wrong"]) == (0, 0), said
+
+
+def test_killed_and_refused_in_a_save(tmp_path):
+    unshare = ["unshare", "-rm"]
+    if not shutil.which("strace") or subprocess.run([*unshare, "true"], check=False).returncode:
+        pytest.skip("needs strace and user namespaces")
+    found, said = score(tmp_path, "calls", "disk", within=unshare)
+    assert found["call_kills"] >= 4
+    assert (found["call_kills_lost"], found["order_files"], found["order_faults"]) == (0, 7, 0), said
+    assert found["disk_full_points"] >= 3
+    assert found["disk_full_lost"] == 0, said
