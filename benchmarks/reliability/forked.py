@@ -43,12 +43,9 @@ class Run:
 
     def wait(self, seconds: float = 300) -> int:
         """The exit code, negative for a signal; a run that takes too long is killed and is an error."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.002)
+        code = self.ends_within(seconds)
+        if code is not None:
+            return code
         self.kill()
         os.waitpid(self.pid, 0)
         raise TimeoutError(f"a run took more than {seconds:g} s: {self.text()[-2000:]}")
