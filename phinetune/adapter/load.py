@@ -1,5 +1,6 @@
 """Adapters in: PEFT's two files as LoRA layers, trained modules and biases of a live model."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from phinetune.adapter.peft_format import (
     BASE_BIAS,
     BASE_WEIGHT,
     BEGIN_AT_PRODUCT,
+    CONFIG_FILE,
     MAGNITUDE,
     MATRICES,
     PREFIX,
@@ -28,6 +30,9 @@ from phinetune.lora.layer import DEFAULT, LoRALayer
 from phinetune.lora.modules_to_save import saved_modules
 from phinetune.lora.switch import replace_module, switch_off
 from phinetune.lora.targets import FusedParts, is_transposed, lora_class, whole_modules
+from phinetune.untrusted import bounded
+
+PATTERN_SECONDS, PATTERN_BYTES = 0.5, 1 << 28  # for the patterns of an adapter's configuration
 
 
 def load_adapter(
@@ -45,8 +50,15 @@ def load_adapter(
     layers, others = by_layer(tensors)
     modules = {name: module for name, module in model.named_modules() if lora_class(module) is not None}
     faults = [f"{name} is adapted, which the model has not" for name in layers if name not in modules]
-    faults += [f for name in layers if name in modules for f in _misfits(name, modules[name], layers[name], config)]
-    faults += _misplaced(model, others, config)
+    fitting = layers.keys() & modules.keys()
+    try:  # a configuration is data of strangers: anything may stand in it, a pattern that takes forever too
+        faults += [fault for name in fitting for fault in _misfits(name, modules[name], layers[name], config)]
+        faults += _misplaced(model, others, config)
+        with bounded(PATTERN_SECONDS, PATTERN_BYTES):
+            settings = {n: _settings(n, modules[n], layers[n], config, fused or {}) for n in layers if n in fitting}
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError, re.error, TimeoutError) as error:
+        what = f"{CONFIG_FILE} can't be used ({error})"
+        raise AdapterError(str(folder), what, "save the adapter again") from None
     before, there = lora.active_adapters(model), lora.adapter_names(model)
     if adapter_name in there:
         faults.append(f"the model has an adapter {adapter_name!r} already")
@@ -58,10 +70,9 @@ def load_adapter(
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise AdapterError(str(folder), "; ".join(faults[:3]) + more, "use the base model it was made for")
 
-    settings = {name: _settings(name, modules[name], own, config, fused or {}) for name, own in layers.items()}
     try:
         made = add_to_layers(model, adapter_name, settings, torch.float32)
-    except lora.TargetError as error:
+    except (ValueError, TypeError) as error:
         raise AdapterError(str(folder), str(error), "use the base model it was made for") from None
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -30,6 +30,7 @@ from torch import Tensor
 from phinetune.disk import replacing, write_text
 from phinetune.errors import AdapterError
 from phinetune.lora.targets import from_pattern
+from phinetune.untrusted import PICKLES, Untrusted, check_file, read_json
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 CHAT_FORMAT_FILE = "chat_format.json"  # ours: digests of the chat template and tokenizer it was tuned with
@@ -66,21 +67,23 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(str(folder), f"holds no adapter ({CONFIG_FILE} is missing)", "give the folder of a run")
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(
-            str(folder / CONFIG_FILE), f"is not valid JSON ({error})", "save the adapter again"
-        ) from None
+        config = read_json(folder / CONFIG_FILE)
+    except (OSError, Untrusted) as error:
+        raise AdapterError(str(folder), f"can't be read: {error}", "save the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(str(folder / CONFIG_FILE), "is not a LoRA adapter", "only peft_type LORA can be read")
     for name, harmless in UNSUPPORTED.items():
         if config.get(name) not in harmless:
             raise AdapterError(str(folder), f"{name}={config[name]!r} is not supported", "use PEFT for it")
     try:
+        check_file(folder / TENSOR_FILE, folder)
         return config, load_file(folder / TENSOR_FILE)
     except FileNotFoundError:
+        if pickles := [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]:
+            what = f"has its tensors as {pickles[0]} alone: a pickle can run code, so it is not read"
+            raise AdapterError(str(folder), what, "convert it to safetensors where you trust it") from None
         raise AdapterError(str(folder), f"{TENSOR_FILE} is missing", "save the adapter again") from None
-    except SafetensorError as error:
+    except (SafetensorError, Untrusted) as error:
         raise AdapterError(str(folder / TENSOR_FILE), f"is damaged ({error})", "take an earlier checkpoint") from None
 
 
@@ -88,8 +91,8 @@ def read_chat_format(folder: str | Path) -> dict[str, str]:
     """The digests of the template and tokenizer that an adapter was tuned with; nothing where none were noted."""
     path = Path(folder) / CHAT_FORMAT_FILE
     try:
-        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+        noted = read_json(path) if path.exists() else {}
+    except (OSError, Untrusted) as error:
         raise AdapterError(str(path), f"can't be read ({error})", "remove it to go on without") from None
     return noted if isinstance(noted, dict) else {}
 

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phinetune.data.formats import Message
-from phinetune.errors import DataError
+from phinetune.errors import DataError, ModelError
+from phinetune.untrusted import bounded
+
+# A rendering takes some 0.2 ms and no more memory than its text, some times over.
+RENDERING_SECONDS, SECONDS_A_CHARACTER = 0.5, 1e-7
+RENDERING_BYTES = 1 << 30
+LONGEST_ADDED, LONGEST_RATIO = 1 << 20, 16  # characters that a template may add, and make of each of a message's
 
 
 class CannotRender(DataError):
@@ -48,22 +54,36 @@ class ChatTemplate:
 
         Raises:
             CannotRender: with what the template says against it.
+            ModelError: if it takes more time or memory than the writing of a text.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not messages:
             return ""
+        characters = sum(len(str(value)) for message in messages for value in message.values())
         try:
-            texts, _ = render_jinja_template(
-                [messages],
-                tools,
-                chat_template=self.source_with_tools if tools else self.source,
-                add_generation_prompt=add_generation_prompt,
-                **self.variables,
-            )
+            with bounded(RENDERING_SECONDS + characters * SECONDS_A_CHARACTER, RENDERING_BYTES + 4 * characters):
+                texts, _ = render_jinja_template(
+                    [messages],
+                    tools,
+                    chat_template=self.source_with_tools if tools else self.source,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.variables,
+                )
+        except (TimeoutError, MemoryError) as error:
+            raise _out_of_bounds(
+                "takes too long" if isinstance(error, TimeoutError) else "takes too much memory"
+            ) from None
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             raise CannotRender(f"the chat template refuses it ({' '.join(str(error).split())})") from error
-        return str(texts[0])
+        text = str(texts[0])
+        if len(text) > LONGEST_ADDED + LONGEST_RATIO * (characters + len(str(tools or ""))):
+            raise _out_of_bounds(f"makes {len(text):,} characters of {characters:,}")
+        return text
+
+
+def _out_of_bounds(what: str) -> ModelError:
+    return ModelError("the chat template", what, "set tokenizer_kwargs.chat_template, or choose another model")
 
 
 def writes_date(tokenizer: Any) -> bool:

@@ -4,14 +4,14 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError
 
 from phinetune.errors import ModelError
 from phinetune.hub import hub_answers
 from phinetune.model import attention, smollm2
+from phinetune.model.files import check_model_files, check_sizes
 from phinetune.model.family import FLAT_FAMILIES
 from phinetune.model.quantise import quantise_layers, sample_ids
 from phinetune.recipe import ModelKwargs
@@ -28,7 +28,8 @@ def load_tokenizer(model: str, kwargs: ModelKwargs, tokenizer_kwargs: dict[str, 
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, model, kwargs, **(tokenizer_kwargs or {}))
+    source = _Source.of(model, kwargs)
+    tokenizer = _from_pretrained(AutoTokenizer.from_pretrained, model, source, **(tokenizer_kwargs or {}))
     if not tokenizer.is_fast:
         raise ModelError(f"model {model}", "has no fast tokenizer (tokenizer.json)", "convert it with transformers")
     if not tokenizer.chat_template:
@@ -58,13 +59,19 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(kwargs.dtype, device, warn=False))}
     if model.endswith(".gguf"):
         options["quantization_config"] = GgufConfig(dequantize=True)
-    config = _from_pretrained(AutoConfig.from_pretrained, model, kwargs)
+    source = _Source.of(model, kwargs)
+    config = _from_pretrained(AutoConfig.from_pretrained, model, source)
+    check_sizes(f"model {model}", source.place, config)
     implementation = kwargs.attn_implementation
     if implementation == "auto" and config.model_type in FLAT_FAMILIES:
         implementation = attention.NAME
     if implementation != "auto":
         options["attn_implementation"] = implementation
-    loaded = _from_pretrained(AutoModelForCausalLM.from_pretrained, model, kwargs, **options)
+    options |= {"output_loading_info": True, "use_safetensors": True}
+    loaded, info = _from_pretrained(AutoModelForCausalLM.from_pretrained, model, source, **options)
+    if missing := sorted(info["missing_keys"]):
+        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise ModelError(f"model {model}", f"its files lack {names}", "get all of them again")
     loaded.config.use_cache = kwargs.use_cache
     if implementation == attention.NAME:
         fast.install(loaded)
@@ -79,7 +86,7 @@ def _any_tokenizer(model: str, kwargs: ModelKwargs) -> Any | None:
     from transformers import AutoTokenizer
 
     try:
-        return _from_pretrained(AutoTokenizer.from_pretrained, model, kwargs)
+        return _from_pretrained(AutoTokenizer.from_pretrained, model, _Source.of(model, kwargs))
     except ModelError:
         return None
 
@@ -115,37 +122,49 @@ def pick_device(use_cpu: bool) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
 
 
-def _from_pretrained(load: Callable[..., T], model: str, kwargs: ModelKwargs, **options: Any) -> T:
-    """One way to every file: finds where `model` is, and turns what goes wrong into a ModelError."""
+class _Source(NamedTuple):
+    """Where a model's files are, as `from_pretrained` is told."""
+
+    place: str
+    options: dict[str, Any]
+    is_hub: bool = False
+
+    @classmethod
+    def of(cls, model: str, kwargs: ModelKwargs) -> "_Source":
+        """
+        Raises:
+            ModelError: for a name that is nowhere.
+        """
+        where, path = f"model {model}", Path(model).expanduser()
+        if model == smollm2.NAME:
+            return cls(str(smollm2.smollm2_folder()), {"local_files_only": True})
+        if model.endswith(".gguf"):
+            if not path.is_file():
+                raise ModelError(where, "no such file", "give the path of a .gguf file")
+            return cls(str(path.parent), {"gguf_file": path.name, "local_files_only": True})
+        if path.is_dir():
+            return cls(str(path), {"local_files_only": True})
+        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+            mend = "give a Hub id (owner/name), a local folder, a .gguf file or smollm2"
+            raise ModelError(where, "no such folder", mend)
+        options = {"revision": kwargs.revision or "main", "cache_dir": kwargs.cache_dir, "token": kwargs.token}
+        return cls(model, {**options, "local_files_only": not hub_answers()}, is_hub=True)
+
+
+def _from_pretrained(load: Callable[..., T], model: str, source: _Source, **options: Any) -> T:
+    """One way to every file, with what goes wrong as a ModelError. No code that comes with a model is run."""
     where = f"model {model}"
-    path = Path(model).expanduser()
-    options["trust_remote_code"] = False
-    from_hub = False
-    if model == smollm2.NAME:
-        source = str(smollm2.smollm2_folder())
-        options["local_files_only"] = True
-    elif model.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(where, "no such file", "give the path of a .gguf file")
-        source = str(path.parent)
-        options |= {"gguf_file": path.name, "local_files_only": True}
-    elif path.is_dir():
-        source = str(path)
-        options["local_files_only"] = True
-    elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelError(where, "no such folder", "give a Hub id (owner/name), a local folder, a .gguf file or smollm2")
-    else:
-        source, from_hub = model, True
-        options |= {"revision": kwargs.revision or "main", "cache_dir": kwargs.cache_dir, "token": kwargs.token}
-        options["local_files_only"] = not hub_answers()
+    check_model_files(where, source.place, source.options)
     try:
-        return load(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        if from_hub and options["local_files_only"]:
+        return load(source.place, **{**options, **source.options, "trust_remote_code": False})
+    except Exception as error:  # files that aren't what their names say make libraries raise anything
+        if source.is_hub and source.options["local_files_only"] and isinstance(error, OSError):
             raise ModelError(
                 where,
                 "is not in the local cache, and the Hugging Face Hub does not answer",
                 "connect, or give a local folder, a .gguf file, or smollm2 (the embedded model)",
             ) from error
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, and phinetune runs no code that comes with a model"
         raise ModelError(where, f"can't be loaded ({reason})", "check the name, the files and model_kwargs") from error

@@ -13,6 +13,7 @@ from phinetune.recipe.names import SECTIONS, current_name, known_names, nearest,
 from phinetune.recipe.schema import Recipe
 
 FREE_SECTIONS = ("tokenizer_kwargs",)  # passed on as they are
+LARGEST = 1 << 20  # bytes of a recipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
@@ -36,6 +37,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """A recipe file as it stands, a mapping of sections; not checked yet."""
     path = Path(path)
     try:
+        if path.stat().st_size > LARGEST:
+            raise RecipeError(str(path), f"has more than {LARGEST:,} bytes", "give a recipe")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(str(path), "no such recipe", "write one with `phinetune init chats.jsonl`") from None
@@ -47,6 +50,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise RecipeError(
             str(path), f"is not valid YAML ({' '.join(str(error).split())})", "correct that line"
         ) from None
+    except RecursionError:
+        raise RecipeError(str(path), "is nested too deeply", "a recipe has sections of settings") from None
     if not isinstance(given, dict):
         raise RecipeError(str(path), "is not a mapping of settings", "begin with `model: smollm2`")
     return given
@@ -83,7 +88,7 @@ def make_recipe(given: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every setting with its value; tokens are left out."""
     tree = recipe.model_dump(exclude={"model_kwargs": {"token"}})
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(tree, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def apply_override(given: dict[str, Any], override: str) -> tuple[str, str]:
@@ -181,8 +186,22 @@ def _say(fault: Any) -> str:
     return f"{path}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Writes everything out, since aliases aren't read back."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, which YAML would settle in silence."""
+    """Refuses a key that stands twice, which YAML would settle in silence, and aliases, by which a few lines can grow
+    to any size."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"*{event.anchor} in line {event.start_mark.line + 1} is an alias: write it out")
+        return super().compose_node(parent, index)  # type: ignore[no-any-return]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]

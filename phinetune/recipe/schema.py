@@ -42,6 +42,12 @@ def _known_dtype(value: str) -> str:
     return name
 
 
+def _no_code_from_hub(value: str) -> str:
+    if "/" in value:
+        raise ValueError("names a kernel on the Hub, whose code would be run: name one of transformers' own")
+    return value
+
+
 def _known_metric(value: str) -> str:
     if value.removeprefix("eval_") not in ("loss", "perplexity"):
         raise ValueError("must be eval_loss or perplexity")
@@ -58,7 +64,7 @@ class ModelKwargs(Section):
 
     dtype: Annotated[str, BeforeValidator(str), AfterValidator(_known_dtype)] = "auto"
     """Of the base weights. `auto`: bfloat16, or float32 on a CPU that multiplies bfloat16 more slowly."""
-    attn_implementation: str = "auto"
+    attn_implementation: Annotated[str, AfterValidator(_no_code_from_hub)] = "auto"
     """`auto`: phinetune's packed attention where the model can take it; else as transformers names it."""
     load_in_8bit: bool = False
     """On a CPU: the decoder layers' weights in phinetune's own int8, half of bfloat16's memory and faster products. Not

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,6 +33,7 @@ from phinetune.errors import CheckpointError
 from phinetune.files import sha256_of
 from phinetune.train.numbers import check_finite
 from phinetune.train.optimiser import trainable_parameters
+from phinetune.untrusted import Untrusted, check_file, plain_name, read_json
 
 log = logging.getLogger(__name__)
 
@@ -139,16 +141,19 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
 def find_fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None if it is whole."""
     try:
-        digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        digests = read_json(checkpoint / MANIFEST)["sha256"]
         for name in digests:
-            if Path(name).name != name:
+            if not plain_name(name):
                 return f"its manifest names {name!r}"
+            check_file(checkpoint / name, checkpoint)
             if sha256_of(checkpoint / name) != digests[name]:
                 return f"{name} has changed"
         missing = {CONFIG_FILE, TENSOR_FILE, PARAMETERS, OPTIMIZER, STATE} - digests.keys()
         return f"its manifest lacks {', '.join(sorted(missing))}" if missing else None
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except Untrusted as error:
+        return str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} can't be read ({error})"
 
@@ -162,7 +167,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     fault = find_fault(checkpoint)
     if fault is not None:
         raise CheckpointError(str(checkpoint), f"can't be resumed: {fault}", "give an earlier checkpoint")
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    try:
+        state = read_json(checkpoint / STATE)
+    except Untrusted as error:
+        raise CheckpointError(str(checkpoint), f"can't be resumed: {error}", "give an earlier checkpoint") from None
+    if not isinstance(state, dict) or not isinstance(state.get("identity", {}), dict):
+        raise CheckpointError(str(checkpoint), f"can't be resumed: {STATE} is not of a run", "give another checkpoint")
     return state
 
 
@@ -175,14 +185,21 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         CheckpointError: if it isn't whole, or doesn't fit the model.
     """
     read_state(checkpoint)
+    trained = trainable_parameters(model)
     try:
-        lora.load_lora_state_dict(model, load_file(checkpoint / PARAMETERS))
-    except RuntimeError as error:
+        parameters, moments = load_file(checkpoint / PARAMETERS), load_file(checkpoint / OPTIMIZER)
+        if foreign := parameters.keys() - _parameters(model).keys():
+            raise RuntimeError(f"{PARAMETERS} holds {min(foreign)}, which isn't trained")
+        for key, value in moments.items():
+            owner = trained.get(key.rpartition(".")[0])
+            if owner is None or value.shape not in (owner.shape, ()):
+                raise RuntimeError(f"{OPTIMIZER} holds {key} {tuple(value.shape)}, which doesn't fit")
+        lora.load_lora_state_dict(model, parameters)
+    except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(str(checkpoint), str(error), "resume with its own recipe and model") from None
     if optimizer is None:
         return
-    moments = load_file(checkpoint / OPTIMIZER)
-    names = {parameter: name for name, parameter in trainable_parameters(model).items()}
+    names = {parameter: name for name, parameter in trained.items()}
     in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {key.rpartition(".")[2]: value for key, value in moments.items() if key.rpartition(".")[0] == name}

@@ -273,7 +273,7 @@ def _with_dtype(recipe: Recipe, device: torch.device, checkpoint: Path | None) -
     """The recipe with `dtype: auto` resolved: as the checkpoint has it, else by what this machine is faster in."""
     dtype = recipe.model_kwargs.dtype
     if dtype == "auto" and checkpoint is not None:
-        dtype = read_state(checkpoint)["identity"]["model_kwargs.dtype"]
+        dtype = read_state(checkpoint).get("identity", {}).get("model_kwargs.dtype", dtype)
     kwargs = recipe.model_kwargs.model_copy(update={"dtype": resolve_dtype(dtype, device)})
     return recipe.model_copy(update={"model_kwargs": kwargs})
 
@@ -282,7 +282,7 @@ def _with_today(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Reci
     """The recipe with the day that a template which writes the date is told: that on which the run began."""
     if recipe.data.today is not None or not writes_date(tokenizer):
         return recipe
-    begun = read_state(checkpoint)["identity"].get("data.today") if checkpoint else None
+    begun = read_state(checkpoint).get("identity", {}).get("data.today") if checkpoint else None
     today = begun or datetime.date.today().isoformat()
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"today": today})})
 
@@ -306,7 +306,7 @@ def _checkpoint_to_resume(folder: Path, resume: bool | str | Path) -> Path | Non
 
 def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Raises CheckpointError if the checkpoint was written by a run that would make other updates."""
-    then, now = read_state(checkpoint)["identity"], json.loads(json.dumps(identity))
+    then, now = read_state(checkpoint).get("identity", {}), json.loads(json.dumps(identity))
     changed = [f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in now if then.get(name) != now[name]]
     if changed:
         what = f"belongs to another run ({'; '.join(changed[:5])})"

@@ -144,9 +144,13 @@ class Loop:
         """Puts adapter, optimiser and counters back as they were behind the checkpoint's step."""
         state = read_state(checkpoint)
         load_checkpoint(checkpoint, self.model, self.optimizer)
-        self.step, self.counters = state["step"], Counters(**state["counters"])
-        self.best = Best.of(self.recipe.training_config, **state["best"])
-        self.max_batch_tokens = min(self.max_batch_tokens, state["max_batch_tokens"])
+        try:
+            self.step, self.counters = int(state["step"]), Counters(**state["counters"])
+            self.best = Best.of(self.recipe.training_config, **state["best"])
+            self.max_batch_tokens = min(self.max_batch_tokens, int(state["max_batch_tokens"]))
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"its state.json can't be used ({type(error).__name__}: {error})"
+            raise CheckpointError(str(checkpoint), what, "give another checkpoint") from None
         log.info(f"resuming behind step {self.step} from {checkpoint}")
 
     def run(self) -> None:
