@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_JSON = 64 << 20  # bytes; the tokenizer.json of the largest vocabularies has some 35 MB
-LARGEST_HEADER = 100 << 20  # bytes, as safetensors has it
 READ = {".json", ".jsonl", ".jinja", ".safetensors", ".gguf", ".model", ".txt", ".yaml"}  # suffixes that are opened
+TEMPLATES = "additional_chat_templates"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".npy", ".npz", ".joblib"}
 
 
@@ -49,10 +49,11 @@ def check_folder(folder: Path) -> None:
     Raises:
         Untrusted: for the first that leads out of the folder, isn't a plain file, or is too large for what it is.
     """
-    templates = folder / "additional_chat_templates"
-    for path in sorted([*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
-        if path.suffix in READ or path == templates:
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ or path.name == TEMPLATES:
             check_file(path, folder)
+    for path in sorted((folder / TEMPLATES).glob("*")):
+        check_file(path, folder)
 
 
 def check_file(path: Path, folder: Path) -> None:
@@ -61,7 +62,10 @@ def check_file(path: Path, folder: Path) -> None:
         FileNotFoundError: if there is none.
         Untrusted: if it is a link out of `folder`, no plain file, or too large for what it is.
     """
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (RuntimeError, OSError):
+        raise Untrusted(f"{path.name} is a link to itself") from None
     if not any(real.is_relative_to(root) for root in _roots(folder)):
         raise Untrusted(f"{path.name} is a link out of the folder, to {real}")
     found = path.stat()
@@ -120,8 +124,7 @@ def _address_space(more: int) -> Iterator[None]:
         return
     import resource
 
-    with open("/proc/self/statm", "rb") as file:
-        used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    used = int(Path("/proc/self/statm").read_bytes().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     bounds = [bound for bound in (used + more, soft, hard) if bound != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))

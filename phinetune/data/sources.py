@@ -7,7 +7,6 @@ brought into a file first, so that behind this door there are only files.
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import shutil
@@ -38,7 +37,10 @@ KINDS = {
     ".feather": "arrow",
 }
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-SMALL, MOST_COMPRESSED = 64 << 20, 1000  # a file may grow to so many bytes, or to so many times its size
+LOOKED_AT, MOST_COMPRESSED = 16 << 20, 200  # bytes of what is decompressed, and how many times its size they may be
+    16 << 20,
+    200,
+)  # the beginning of what is decompressed, and how many times it may have grown
 MEND = f"give JSON Lines, JSON, CSV, TSV, Parquet or Arrow files, perhaps with {', '.join(COMPRESSIONS)} or .zst"
 
 
@@ -56,43 +58,35 @@ class DataFile:
     unreadable: dict[int, str] = field(default_factory=dict)  # rows from Python that are no JSON, and why
 
     def open(self) -> IO[bytes]:
-        """Its bytes, decompressed."""
+        """Its bytes, decompressed.
+
+        Raises:
+            DataError: if it grows as no text does.
+        """
         if not self.compression:
             return self.path.open("rb")
+        raw, stream = self._decompressor()
+        with stream:
+            grown = len(stream.read(LOOKED_AT))
+            consumed = max(1, raw.tell())
+        if grown == LOOKED_AT and grown > MOST_COMPRESSED * consumed:
+            what = f"grows to {grown / consumed:,.0f} times its size, as no text does"
+            raise DataError(self.name, what, "decompress it yourself if it is what it should be")
+        return self._decompressor()[1]
+
+    def _decompressor(self) -> tuple[Any, Any]:
+        """(the file itself, what is in it)"""
         if self.compression == ".zst":
             import pyarrow
 
-            stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(self.path)), "zstd")
-        else:
-            stream = COMPRESSIONS[self.compression](self.path, "rb")
-        return io.BufferedReader(_Decompressed(stream, self.name, self.path.stat().st_size))
+            raw = pyarrow.OSFile(str(self.path))
+            return raw, pyarrow.CompressedInputStream(raw, "zstd")
+        raw = self.path.open("rb")
+        return raw, COMPRESSIONS[self.compression](raw)
 
     def place(self, number: int) -> str:
         """What a row is called by: the line of a text file, the number of a row elsewhere, from 1."""
         return f"{self.name}:{number}"
-
-
-class _Decompressed(io.RawIOBase):
-    """What a compressed file holds, until that is more than any text is compressed to."""
-
-    def __init__(self, stream: Any, name: str, size: int) -> None:
-        self.stream, self.name, self.size, self.read_so_far = stream, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        self.read_so_far += len(data)
-        if self.read_so_far > max(SMALL, MOST_COMPRESSED * self.size):
-            what = f"grows to more than {MOST_COMPRESSED} times its {self.size:,} bytes, as no text does"
-            raise DataError(self.name, what, "decompress it yourself if it is what it should be")
-        return len(data)
-
-    def close(self) -> None:
-        self.stream.close()
-        super().close()
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from phinetune.errors import ModelError
 from phinetune.untrusted import PICKLES, Untrusted, check_file, check_folder, plain_name, read_json
 
@@ -28,7 +30,8 @@ def check_model_files(where: str, place: str, options: Mapping[str, Any]) -> Non
         return
     try:
         if "gguf_file" in options:
-            return check_file(folder / options["gguf_file"], folder)
+            check_file(folder / options["gguf_file"], folder)
+            return
         check_folder(folder)
         _check_index(folder)
     except (Untrusted, OSError) as error:
@@ -53,9 +56,14 @@ def check_sizes(where: str, place: str, config: Any) -> None:
         size = getattr(config, name, None)
         if isinstance(size, int) and not 0 < size <= most:
             raise ModelError(where, f"{CONFIG} has {name} {size:,}, which no model has", "get it again")
-    held = sum(path.stat().st_size for path in Path(place).glob("*.safetensors")) if Path(place).is_dir() else 0
-    if not held:
+    files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+    if not files:
         return
+    held, tensors = sum(path.stat().st_size for path in files), sum(_tensors(where, path) for path in files)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers > tensors:
+        what = f"{CONFIG} describes {layers:,} layers, and its files have {tensors:,} tensors"
+        raise ModelError(where, what, "get all of its files again")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -65,6 +73,15 @@ def check_sizes(where: str, place: str, config: Any) -> None:
     if described * FEWEST_BITS > held * 8:
         what = f"{CONFIG} describes {described:,} parameters, and its files have {held:,} bytes"
         raise ModelError(where, what, "get all of its files again")
+
+
+def _tensors(where: str, path: Path) -> int:
+    """How many a file has."""
+    try:
+        with safe_open(path, "pt") as file:
+            return len(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(where, f"{path.name} is damaged ({error})", "get it again") from None
 
 
 def _snapshot(place: str, options: Mapping[str, Any]) -> Path | None:

@@ -11,8 +11,8 @@ import torch
 from phinetune.errors import ModelError
 from phinetune.hub import hub_answers
 from phinetune.model import attention, smollm2
-from phinetune.model.files import check_model_files, check_sizes
 from phinetune.model.family import FLAT_FAMILIES
+from phinetune.model.files import check_model_files, check_sizes
 from phinetune.model.quantise import quantise_layers, sample_ids
 from phinetune.recipe import ModelKwargs
 
