@@ -7,6 +7,7 @@
     calls        SIGKILL before every system call of a save, and the order of durability (needs strace)
     disk         no space at every write of a save, and on a small disk (needs strace, and `unshare -rm` around it)
     corruption   every file of a checkpoint missing, empty, truncated, with a bit flipped
+    hostile      models, adapters, checkpoints, templates and data that mean harm
     signals      SIGTERM and SIGINT at random instants
 
 A section's keys are merged into benchmarks/results/reliability.json, and the table into docs/reliability.md.
@@ -15,22 +16,23 @@ A section's keys are merged into benchmarks/results/reliability.json, and the ta
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import corruption as corruption_trials
 import disk as disk_trials
 import forked
+import hostile as hostile_trials
 import kills as kill_trials
+import results
 import signals as signal_trials
+import small_phi3
+import subject
 from subject import Subject
-
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
 
 
 class Bench:
@@ -46,31 +48,16 @@ class Bench:
 
     def small(self) -> Subject:
         """A two-layer Phi-3 of random weights, for what a model's size doesn't touch."""
-        return self._subject(str(small_phi3(self.folder)))
+        path = self.folder / "small-phi3"
+        if not path.is_dir():
+            made = forked.start(partial(small_phi3.make, path), self.folder / "small-phi3.txt")
+            assert made.wait() == 0, made.text()
+        return self._subject(str(path))
 
     def _subject(self, model: str) -> Subject:
         if model not in self._made:
             self._made[model] = Subject(self.folder / f"subject-{len(self._made)}", model)
         return self._made[model]
-
-
-def small_phi3(folder: Path) -> Path:
-    """Made in a fork, since this process must not compute."""
-    path = folder / "small-phi3"
-    if not path.is_dir():
-        pid = os.fork()
-        if not pid:
-            sys.path.insert(0, str(ROOT / "tests"))
-            from conftest import tiny_model
-
-            from phinetune.model import load_tokenizer
-            from phinetune.recipe import ModelKwargs
-
-            tiny_model("phi3", "sdpa").save_pretrained(path)
-            load_tokenizer("smollm2", ModelKwargs()).save_pretrained(path)
-            os._exit(0)
-        assert os.waitpid(pid, 0)[1] == 0
-    return path
 
 
 def kills(bench: Bench) -> dict[str, Any]:
@@ -96,10 +83,15 @@ def signals(bench: Bench) -> dict[str, Any]:
     return signal_trials.interrupt(bench.real(), bench.asked.signals, bench.asked.seed)
 
 
+def hostile(bench: Bench) -> dict[str, Any]:
+    return hostile_trials.attack(bench.small(), bench.folder / "small-phi3", bench.asked.every)
+
+
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "calls": calls,
     "disk": disk,
     "corruption": corruption,
+    "hostile": hostile,
     "signals": signals,
     "kills": kills,
 }
@@ -115,10 +107,10 @@ def main() -> None:
     parser.add_argument("--truncations", type=int, default=20, help="a file")
     parser.add_argument("--flips", type=int, default=50, help="of bits, a file")
     parser.add_argument("--every", type=int, default=1, help="N-th system call only")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=results.PATH)
     asked = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    forked.preload()
+    subject.preload()
     with tempfile.TemporaryDirectory(prefix="phinetune-scoreboard-") as folder:
         bench = Bench(Path(folder), asked)
         for name in asked.sections or SECTIONS:
@@ -128,15 +120,8 @@ def main() -> None:
             if name in ("kills", "signals"):
                 found[f"{name}_model"] = Path(asked.model).name if asked.model else "smollm2"
             print(json.dumps({name: found}), flush=True)
-            merge(asked.results, found)
-
-
-def merge(results: Path, found: dict[str, Any]) -> None:
-    from importlib.metadata import version
-
-    held = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    versions = {name: version(name) for name in ("phinetune", "torch", "transformers", "safetensors")}
-    results.write_text(json.dumps({**held, **found, "versions": versions}, indent=2) + "\n", encoding="utf-8")
+            found["versions"] = results.versions("phinetune", "torch", "transformers", "safetensors")
+            results.merge(asked.results, found)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import forked
-import subject
 from subject import Subject
 
 
@@ -37,8 +36,8 @@ def corrupt(given: Subject, seed: int, truncations: int, flips: int) -> dict[str
                 print(f"corruption: {name}, damage {number}, isn't found", flush=True)
             elif number % 25 == 1:
                 resumed += 1
-                code = given.start(run, given.folder / "damaged.txt", "--resume").wait()
-                resumed_wrong += code != 0 or _final(run) != _final(given.folder / "whole")
+                code = given.start(run, given.folder / "damaged.txt", resume=True).wait()
+                resumed_wrong += code != 0 or _final(given, run) != _final(given, given.folder / "whole")
             shutil.rmtree(run)
     return {
         "corruptions": damaged,
@@ -59,9 +58,9 @@ def damages(data: bytes, rng: random.Random, truncations: int, flips: int) -> It
         yield data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
 
 
-def _final(run: Path) -> dict[str, str]:
+def _final(given: Subject, run: Path) -> dict[str, str]:
     """Without metrics.jsonl, which a folder of two checkpoints hasn't from the beginning."""
-    return {name: digest for name, digest in subject.digests(run).items() if name != "metrics"}
+    return {name: digest for name, digest in given.digests(run).items() if name != "metrics"}
 
 
 class Warnings(logging.Handler):

@@ -44,7 +44,7 @@ def is_write(call: Call) -> bool:
 
 def refused(given: Subject, call: Call, number: int) -> bool:
     out, said = given.folder / f"refused-{number}", given.folder / f"refused-{number}.txt"
-    run = given.start(out, said, before=stop_at_save())
+    run = given.start(out, said, before=stop_at_save(given))
     tracer = trace(run, given.folder / "call.log", "-e", f"inject={call.name}:error=ENOSPC:when={call.number}")
     code = run.wait()
     tracer.wait()
@@ -114,7 +114,7 @@ def _ended_well(
     """One clear error, the checkpoint before whole, nothing temporary left; and the run goes on once there is room."""
     text = said.read_text(encoding="utf-8")
     told = re.search(rf"^error: {re.escape(str(out))}\S*: no space: [\d,]+ bytes .* [\d,]+ too few; ", text, re.M)
-    left, kept = subject.leftovers(out), subject.resumable(out)
+    left, kept = subject.leftovers(out), given.resumable(out)
     faults = []
     if code != 1:
         faults.append(f"exit {code}")
@@ -125,7 +125,7 @@ def _ended_well(
     if kept < subject.SAVED_EVERY:
         faults.append("no checkpoint to go on from")
     mend()
-    if given.start(out, said, "--resume").wait() != 0 or subject.digests(out) != given.whole:
+    if given.start(out, said, resume=True).wait() != 0 or given.digests(out) != given.whole:
         faults.append("the resumed run ends otherwise")
     if faults:
         print(f"disk: {what}: {', '.join(faults)}: {said.read_text()[-2500:]}", flush=True)

@@ -1,4 +1,4 @@
-"""Runs of the command line in processes forked from this one, which has torch loaded: a second in place of five.
+"""Runs in processes forked from this one, which has loaded what they import: a second in place of five.
 
 This process imports and never computes, so a fork of it is like a process that has just started.
 """
@@ -8,29 +8,15 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 
-def preload() -> None:
-    """Everything that a run imports."""
-    import tokenizers  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama
-    import transformers.models.phi3.modeling_phi3  # noqa: F401
-
-    import phinetune.cli.app
-    import phinetune.cli.quiet
-    import phinetune.cli.train
-    import phinetune.train  # noqa: F401
-
-
 @dataclass
 class Run:
-    """A process that runs `phinetune …`; what it says goes to `said`."""
+    """A process that trains; what it says goes to `said`."""
 
     pid: int
     said: Path
@@ -64,8 +50,8 @@ class Run:
         return self.said.read_text(encoding="utf-8", errors="replace")
 
 
-def start(arguments: Sequence[str], said: Path, before: Callable[[], None] = lambda: None) -> Run:
-    """`phinetune ARGUMENTS` in a fork; `before` is called in it first."""
+def start(train: Callable[[], object], said: Path, before: Callable[[], None] = lambda: None) -> Run:
+    """`train` in a fork; `before` is called in it first."""
     said.touch()
     pid = os.fork()
     if pid:
@@ -77,11 +63,8 @@ def start(arguments: Sequence[str], said: Path, before: Callable[[], None] = lam
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv = ["phinetune", *arguments]
         before()
-        from phinetune.cli import main
-
-        main()
+        train()
         code = 0
     except SystemExit as ended:
         code = 0 if ended.code is None else ended.code if isinstance(ended.code, int) else 1

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import forked
-import subject
-from subject import Subject
+from subject import SAVED_EVERY, Subject
 
 NO_FILE = "/phinetune-save-ends"  # asked for by a system call behind the save, so that a trace shows its end
 STOPPED_SAVE = 2  # which save of a run is looked at
@@ -23,32 +22,44 @@ STOPPED_SAVE = 2  # which save of a run is looked at
 def random_kills(given: Subject, count: int, seed: int) -> dict[str, Any]:
     """Runs are killed and resumed, killed again and resumed, until they end; each must end in the same bytes."""
     rng = random.Random(seed)
-    kills, lost, steps_lost, runs = 0, 0, 0, 0
+    kills, steps_lost, runs, reasons = 0, 0, 0, Counter[str]()
     while kills < count:
         runs += 1
         out, said = given.folder / f"killed-{runs}", given.folder / f"killed-{runs}.txt"
-        begun, failed = 0, ""
+        begun = 0
         while True:
-            run = given.start(out, said, "--resume")
+            run = given.start(out, said, resume=True)
             wait = rng.uniform(0.0, given.seconds) if kills < count else 300
             code = run.ends_within(wait)
             if code is None:
-                reached = subject.logged(out)
+                reached = given.logged(out)
                 run.kill()
                 run.wait()
                 kills += 1
-                steps_lost = max(steps_lost, reached - max(begun, subject.resumable(out)))
-                begun = subject.resumable(out)
+                steps_lost = max(steps_lost, reached - max(begun, given.resumable(out)))
+                begun = given.resumable(out)
                 continue
-            if code != 0 or subject.digests(out) != given.whole:
-                failed = f"exit {code}" if code else "other bytes"
             break
-        if failed:
-            lost += 1
-            print(f"kills: {out} ends with {failed}: {said.read_text()[-2000:]}", flush=True)
-        else:
-            shutil.rmtree(out)
-    return {"kills": kills, "kills_lost": lost, "kills_runs": runs, "kills_most_steps_lost": steps_lost}
+        if failed := failure(given, out, run, code):
+            reasons[failed] += 1
+            print(f"kills: {out} ends with {failed}: {run.text()[-2000:]}", flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+    return {
+        "kills": kills,
+        "kills_lost": reasons.total(),
+        "kills_runs": runs,
+        "kills_most_steps_lost": steps_lost,
+        "kills_reasons": dict(reasons),
+    }
+
+
+def failure(given: Subject, out: Path, run: forked.Run, code: int) -> str:
+    """Nothing for a run that ended as the untouched one did; else the class of what it died of, or what is wrong."""
+    if code == 0:
+        return "" if given.digests(out) == given.whole else "other bytes"
+    _, told, trace = run.text().rpartition("Traceback (most recent call last):\n")
+    raised = re.search(r"^[\w.]+", trace, re.M) if told else None
+    return raised[0].rpartition(".")[2] if raised else f"exit {code}"
 
 
 class Call(NamedTuple):
@@ -59,16 +70,16 @@ class Call(NamedTuple):
     line: str
 
 
-def stop_at_save(number: int = STOPPED_SAVE) -> Callable[[], None]:
-    """In a fork: its `number`-th save is begun stopped, to be traced from there."""
+def stop_at_save(given: Subject) -> Callable[[], None]:
+    """In a fork: its STOPPED_SAVE-th save is begun stopped, to be traced from there."""
 
     def before() -> None:
-        loop = forked.module("phinetune.train.loop")
-        real, calls = loop.save_checkpoint, Counter[str]()
+        holder, name = given.save()
+        real, calls = getattr(holder, name), Counter[str]()
 
-        def save_checkpoint(*arguments: Any) -> Any:
+        def save(*arguments: Any) -> Any:
             calls["saves"] += 1
-            if calls["saves"] != number:
+            if calls["saves"] != STOPPED_SAVE:
                 return real(*arguments)
             os.kill(os.getpid(), signal.SIGSTOP)
             try:
@@ -76,7 +87,7 @@ def stop_at_save(number: int = STOPPED_SAVE) -> Callable[[], None]:
             finally:
                 Path(NO_FILE).exists()
 
-        loop.save_checkpoint = save_checkpoint  # type: ignore[attr-defined]
+        setattr(holder, name, save)
 
     return before
 
@@ -97,42 +108,42 @@ def trace(run: forked.Run, log: Path, *options: str) -> "subprocess.Popen[bytes]
 def calls_of_a_save(given: Subject) -> list[Call]:
     """Every system call of a save that concerns files."""
     out, log = given.folder / "traced", given.folder / "traced.log"
-    run = given.start(out, given.folder / "traced.txt", before=stop_at_save())
+    run = given.start(out, given.folder / "traced.txt", before=stop_at_save(given))
     tracer = trace(run, log)
     assert run.wait() == 0, run.text()
     tracer.wait()
     found, seen = [], Counter[str]()
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = log.read_text(encoding="utf-8", errors="replace")
+    assert NO_FILE in text, "no save was traced"
+    for line in text.splitlines():
         match = re.match(r"(\w+)\(", line)
         if NO_FILE in line:
             break
         if match:
             seen[match[1]] += 1
             found.append(Call(match[1], seen[match[1]], line))
-    assert any(call.name.startswith("rename") for call in found), "no save was traced"
     shutil.rmtree(out)
     return found
 
 
 def kills_at_calls(given: Subject, calls: list[Call]) -> dict[str, Any]:
     """A run is killed before each of the calls, and resumed."""
-    lost = 0
+    reasons = Counter[str]()
     for i, call in enumerate(calls):
         out, said = given.folder / f"call-{i}", given.folder / f"call-{i}.txt"
-        run = given.start(out, said, before=stop_at_save())
+        run = given.start(out, said, before=stop_at_save(given))
         tracer = trace(run, given.folder / "call.log", "-e", f"inject={call.name}:signal=KILL:when={call.number}")
         code = run.wait()
         tracer.wait()
         assert code == -signal.SIGKILL, f"{call} doesn't kill: {code}"
-        kept = subject.resumable(out)
-        again = given.start(out, said, "--resume").wait()
-        good = again == 0 and subject.digests(out) == given.whole and kept >= subject.SAVED_EVERY
-        if good:
-            shutil.rmtree(out)
-        else:
-            lost += 1
-            print(f"calls: killed before {call.line}: {said.read_text()[-2000:]}", flush=True)
-    return {"call_kills": len(calls), "call_kills_lost": lost}
+        kept = given.resumable(out)
+        again = given.start(out, said, resume=True)
+        failed = failure(given, out, again, again.wait()) or ("no checkpoint" if kept < SAVED_EVERY else "")
+        if failed:
+            reasons[failed] += 1
+            print(f"calls: killed before {call.line}: {failed}: {again.text()[-2000:]}", flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+    return {"call_kills": len(calls), "call_kills_lost": reasons.total(), "call_kills_reasons": dict(reasons)}
 
 
 def order_of_durability(calls: list[Call]) -> dict[str, Any]:

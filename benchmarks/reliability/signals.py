@@ -47,8 +47,8 @@ def interrupt(given: Subject, count: int, seed: int) -> dict[str, Any]:
         if trial_code not in {0, *ENDED[number]} or "Traceback" in run.text():
             faults.append(f"ended with {trial_code}")
         left_before = subject.leftovers(out) if out.exists() and not twice else []
-        again = given.start(out, said, "--resume").wait()
-        if again != 0 or subject.digests(out) != given.whole:
+        again = given.start(out, said, resume=True).wait()
+        if again != 0 or given.digests(out) != given.whole:
             faults.append(f"resumed, it ends otherwise ({again})")
         if left_before or subject.leftovers(out):
             faults.append(f"left {left_before or subject.leftovers(out)}")

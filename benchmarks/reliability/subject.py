@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import forked
 
@@ -16,41 +19,86 @@ COMPARED = (
 )
 
 
+def preload() -> None:
+    """Everything that a run imports."""
+    import tokenizers  # noqa: F401
+    import torch  # noqa: F401
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama
+    import transformers.models.phi3.modeling_phi3  # noqa: F401
+
+    import phinetune.cli.app
+    import phinetune.cli.quiet
+    import phinetune.cli.train
+    import phinetune.train  # noqa: F401
+
+
 @dataclass
 class Subject:
-    """A recipe, how its uninterrupted run ends, and how long that takes."""
+    """A fine-tune by the command line, how its uninterrupted run ends, and how long that takes."""
 
     folder: Path
     model: str
-    target: str = "[q_proj, v_proj]"
-    recipe: Path = field(init=False)
     whole: dict[str, str] = field(init=False)
     seconds: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
-        self.recipe = write_recipe(self.folder, self.model, self.target)
+        self.write()
         for name in ("first", "whole"):  # the first fills caches
             begin = time.monotonic()
             run = self.start(self.folder / name, self.folder / f"{name}.txt")
             assert run.wait() == 0, run.text()
             self.seconds = time.monotonic() - begin
-        self.whole = digests(self.folder / "whole")
-        assert self.whole == digests(self.folder / "first"), "two runs of the same recipe end in the same bytes"
+        self.whole = self.digests(self.folder / "whole")
+        assert self.whole == self.digests(self.folder / "first"), "two runs of the same recipe end in the same bytes"
+
+    def write(self) -> None:
+        write_recipe(self.folder, self.model)
 
     def start(
-        self,
-        out: Path,
-        said: Path,
-        *more: str,
-        before: Callable[[], None] = lambda: None,
-        settings: tuple[str, ...] = (),
+        self, out: Path, said: Path, resume: bool = False, before: Callable[[], None] = lambda: None
     ) -> forked.Run:
-        return forked.start(["train", str(self.recipe), f"output_dir={out}", *settings, *more], said, before)
+        arguments = ["train", str(self.folder / "recipe.yaml"), f"output_dir={out}", *["--resume"] * resume]
+        return forked.start(partial(phinetune, arguments), said, before)
+
+    def save(self) -> tuple[Any, str]:
+        """Where the function that writes a checkpoint is held, and its name."""
+        return forked.module("phinetune.train.loop"), "save_checkpoint"
+
+    def digests(self, run: Path) -> dict[str, str]:
+        """sha256 of the final adapter, of what trained and of the optimiser; and of metrics.jsonl without the speed."""
+        found = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in COMPARED}
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        kept = [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+        return {**found, "metrics": hashlib.sha256(json.dumps(kept).encode()).hexdigest()}
+
+    def logged(self, run: Path) -> int:
+        """The last step that the run has logged."""
+        path = run / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        steps = [json.loads(line)["step"] for line in text[: text.rfind("\n") + 1].splitlines()]
+        return max(steps, default=0)
+
+    def resumable(self, run: Path) -> int:
+        """The step of the newest checkpoint that is whole, 0 where there is none."""
+        checkpoint = forked.module("phinetune.train.checkpoint")
+        steps = [
+            int(p.name.rpartition("-")[2]) for p in checkpoint.list_checkpoints(run) if not checkpoint.find_fault(p)
+        ]
+        return max(steps, default=0)
 
 
-def write_recipe(folder: Path, model: str, target: str) -> Path:
-    """40 chats, 4 of them held out; 6 a step in several flat batches."""
+def phinetune(arguments: list[str]) -> None:
+    """`phinetune ARGUMENTS`."""
+    from phinetune.cli import main
+
+    sys.argv = ["phinetune", *arguments]
+    main()
+
+
+def write_chats(folder: Path) -> Path:
+    """40 of them."""
     rows = [
         {
             "messages": [
@@ -61,12 +109,17 @@ def write_recipe(folder: Path, model: str, target: str) -> Path:
         }
         for i in range(40)
     ]
-    data, recipe = folder / "chats.jsonl", folder / "recipe.yaml"
+    data = folder / "chats.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    recipe.write_text(
+    return data
+
+
+def write_recipe(folder: Path, model: str) -> None:
+    """4 of the chats held out; 6 a step in several flat batches."""
+    (folder / "recipe.yaml").write_text(
         f"""
 model: {model}
-data: {{train: {data}, eval: 0.1, max_batch_tokens: 128}}
+data: {{train: {write_chats(folder)}, eval: 0.1, max_batch_tokens: 128}}
 training_config:
   learning_rate: 1.0e-3
   max_steps: {STEPS}
@@ -78,35 +131,10 @@ training_config:
   save_steps: {SAVED_EVERY}
   disable_tqdm: true
   use_cpu: true
-peft_config: {{r: 4, lora_dropout: 0.1, target_modules: {target}}}
+peft_config: {{r: 4, lora_dropout: 0.1, target_modules: [q_proj, v_proj]}}
 """,
         encoding="utf-8",
     )
-    return recipe
-
-
-def digests(run: Path) -> dict[str, str]:
-    """sha256 of the final adapter, of what trained and of the optimiser; and of what metrics.jsonl says, without the
-    speed."""
-    found = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in COMPARED}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    kept = [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
-    return {**found, "metrics": hashlib.sha256(json.dumps(kept).encode()).hexdigest()}
-
-
-def logged(run: Path) -> int:
-    """The last step that the run has logged."""
-    path = run / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    steps = [json.loads(line)["step"] for line in text[: text.rfind("\n") + 1].splitlines()]
-    return max(steps, default=0)
-
-
-def resumable(run: Path) -> int:
-    """The step of the newest checkpoint that is whole, 0 where there is none."""
-    checkpoint = forked.module("phinetune.train.checkpoint")
-    steps = [int(p.name.rpartition("-")[2]) for p in checkpoint.list_checkpoints(run) if not checkpoint.find_fault(p)]
-    return max(steps, default=0)
 
 
 def leftovers(run: Path) -> list[str]:

@@ -37,10 +37,7 @@ KINDS = {
     ".feather": "arrow",
 }
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-LOOKED_AT, MOST_COMPRESSED = 16 << 20, 200  # bytes of what is decompressed, and how many times its size they may be
-    16 << 20,
-    200,
-)  # the beginning of what is decompressed, and how many times it may have grown
+LOOKED_AT, MOST_COMPRESSED = 16 << 20, 200  # bytes decompressed at first, and times their size
 MEND = f"give JSON Lines, JSON, CSV, TSV, Parquet or Arrow files, perhaps with {', '.join(COMPRESSIONS)} or .zst"
 
 

@@ -12,15 +12,24 @@ from conftest import ROOT
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, signals and mounts of Linux")
 
 
+RELIABILITY = ROOT / "benchmarks" / "reliability"
+TRL = ROOT / ".venv-trl"
+
+
 def score(tmp_path, *sections, within=()):
-    results, script = tmp_path / "results.json", str(ROOT / "benchmarks" / "reliability")
+    results = tmp_path / "results.json"
     few = ["--kills", "6", "--signals", "5", "--truncations", "3", "--flips", "6", "--every", "30"]
-    command = [*within, sys.executable, script, *sections, *few, "--model", "small", "--results", str(results)]
+    options = [*few, "--model", "small", "--results", str(results)]
+    said = run([*within, sys.executable, str(RELIABILITY), *sections, *options])
+    return json.loads(results.read_text()), said
+
+
+def run(command):
     ran = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert ran.returncode == 0, ran.stderr
-    return json.loads(results.read_text()), ran.stdout
+    return ran.stdout
 
 
 def test_killed_signalled_and_damaged(tmp_path):
@@ -41,3 +50,15 @@ def test_killed_and_refused_in_a_save(tmp_path):
     assert (found["call_kills_lost"], found["order_files"], found["order_faults"]) == (0, 7, 0), said
     assert found["disk_full_points"] >= 3
     assert found["disk_full_lost"] == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (TRL / "installed").exists(), reason="make scoreboard-full installs TRL")
+def test_trl_is_killed_in_the_same_way(tmp_path):
+    model, results = tmp_path / "small-phi3", tmp_path / "results.json"
+    run([sys.executable, str(RELIABILITY / "small_phi3.py"), str(model)])
+    options = ["kills", "--kills", "4", "--results", str(results)]
+    run([str(TRL / "bin" / "python"), str(RELIABILITY / "beside_trl.py"), str(model), *options])
+    found = json.loads(results.read_text())
+    assert found["trl_kills"] == 4
+    assert found["trl_kills_lost"] == sum(found["trl_kills_reasons"].values()) <= found["trl_kills_runs"]
