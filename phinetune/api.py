@@ -20,6 +20,7 @@ def finetune(
     peft_config: Any = None,
     resume: bool | str | Path = False,
     overwrite: bool = False,
+    rehearsal: bool = True,
     **sections: Any,
 ) -> Result:
     """Fine-tunes a model on chats.
@@ -32,7 +33,7 @@ def finetune(
         data: further settings of the recipe's data section, such as `{"max_length": 1024}`.
         training_config: a dictionary with the names of TrainingArguments, or such an object.
         peft_config: a dictionary with the names of LoraConfig, or such an object.
-        resume, overwrite: as `--resume` and `--overwrite` of `phinetune train`.
+        resume, overwrite, rehearsal: as `--resume`, `--overwrite` and `--no-rehearsal` of `phinetune train`.
         **sections: `model_kwargs`, `tokenizer_kwargs`, `evaluation`.
 
     Returns:
@@ -52,7 +53,13 @@ def finetune(
     }
     recipe, words = make_recipe(given, where="finetune()")
     return train_recipe(
-        recipe, train_rows=train_rows, eval_rows=eval_rows, resume=resume, overwrite=overwrite, words=words
+        recipe,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        resume=resume,
+        overwrite=overwrite,
+        rehearsal=rehearsal,
+        words=words,
     )
 
 

@@ -133,11 +133,14 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, or the one named.")
     ] = False,
     overwrite: Overwrite = False,
+    rehearsal: Annotated[
+        bool, typer.Option("--rehearsal/--no-rehearsal", help="Try everything once, with the longest rows, at first.")
+    ] = True,
 ) -> None:
     """Fine-tune as a recipe says."""
     from phinetune.cli.train import run_train
 
-    run_train(recipe, overrides or [], resume, overwrite)
+    run_train(recipe, overrides or [], resume, overwrite, rehearsal)
 
 
 @app.command("verify-resume")

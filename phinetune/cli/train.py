@@ -7,7 +7,7 @@ from phinetune.errors import RecipeError
 from phinetune.recipe import load_recipe
 
 
-def run_train(recipe: Path, overrides: Sequence[str], resume: bool, overwrite: bool) -> None:
+def run_train(recipe: Path, overrides: Sequence[str], resume: bool, overwrite: bool, rehearsal: bool) -> None:
     settings = [argument for argument in overrides if "=" in argument]
     checkpoints = [argument for argument in overrides if "=" not in argument]
     if checkpoints and not (resume and len(checkpoints) == 1):
@@ -18,7 +18,8 @@ def run_train(recipe: Path, overrides: Sequence[str], resume: bool, overwrite: b
     from phinetune.train import train
 
     quiet_libraries()
-    result = train(loaded, resume=checkpoints[0] if checkpoints else resume, overwrite=overwrite, words=words)
+    from_where = checkpoints[0] if checkpoints else resume
+    result = train(loaded, resume=from_where, overwrite=overwrite, rehearsal=rehearsal, words=words)
     print(f"\nTalk to it:   phinetune chat {result.folder}")
     if result.comparison:
         print(f"Measure it:   phinetune evaluate {result.folder}")

@@ -69,7 +69,7 @@ class DataFile:
         if grown == LOOKED_AT and grown > MOST_COMPRESSED * consumed:
             what = f"grows to {grown / consumed:,.0f} times its size, as no text does"
             raise DataError(self.name, what, "decompress it yourself if it is what it should be")
-        return self._decompressor()[1]
+        return self._decompressor()[1]  # type: ignore[no-any-return]
 
     def _decompressor(self) -> tuple[Any, Any]:
         """(the file itself, what is in it)"""

@@ -1,7 +1,7 @@
 """Base against tuned on the same held-out rows: one model, its adapters off and on."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,12 @@ def compare(
     max_batch_tokens: int,
     batch_size: int,
     on_progress: Callable[[str, int], None] = lambda who, done: None,
+    fold: bool = True,
 ) -> Comparison:
-    """Measures an adapted model without its adapters, then with them folded in.
+    """Measures an adapted model without its adapters, then with them.
 
-    `renderer` writes the prompts as it wrote what was trained on.
+    `renderer` writes the prompts as it wrote what was trained on.  With `fold` answers come from merged weights, which
+    is faster and takes a second copy of the adapted ones.
     """
     measured: dict[str, dict[str, float]] = {}
     asked = [turn for row in rows if (turn := renderer.last_answer(row))] if config.metrics else []
@@ -56,16 +58,17 @@ def compare(
     said: dict[str, list[str]] = {"base": [""] * len(asked), "tuned": [""] * len(asked)}
     was_training = model.training
     model.eval()
-    modes: dict[str, AbstractContextManager[None]] = {"base": lora.disabled(model), "tuned": lora.fused(model)}
+    modes: dict[str, AbstractContextManager[None]] = {"base": lora.disabled(model), "tuned": nullcontext()}
     for who, mode in modes.items():
+
+        def tell(done: int, who: str = who) -> None:
+            on_progress(who, done)
+
         with mode:
             measured[who] = evaluate_loss(model, examples, max_batch_tokens)
             if asked:
-
-                def tell(done: int, who: str = who) -> None:
-                    on_progress(who, done)
-
-                said[who] = answers(model, tokenizer, prompts, config.max_new_tokens, batch_size, tell)
+                with lora.fused(model) if fold and who == "tuned" else nullcontext():
+                    said[who] = answers(model, tokenizer, prompts, config.max_new_tokens, batch_size, tell)
                 measured[who]["exact_match"] = exact_match(said[who], expected)
     model.train(was_training)
     quadruples = zip([turn.question for turn in asked], expected, said["base"], said["tuned"], strict=True)

@@ -41,8 +41,11 @@ def load_tokenizer(model: str, kwargs: ModelKwargs, tokenizer_kwargs: dict[str, 
     return tokenizer
 
 
-def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = None) -> Any:
+def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = None, layers: int | None = None) -> Any:
     """The base model in evaluation mode, frozen, on `device` (CPU by default).
+
+    With `layers`, only so many decoder layers of it, for a measurement: with their own weights where those are here,
+    else with random ones.
 
     Raises:
         ModelError: if it can't be had or can't be read, or isn't to be had in 8 bits on this device.
@@ -67,11 +70,15 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
         implementation = attention.NAME
     if implementation != "auto":
         options["attn_implementation"] = implementation
-    options |= {"output_loading_info": True, "use_safetensors": True}
-    loaded, info = _from_pretrained(AutoModelForCausalLM.from_pretrained, model, source, **options)
-    if missing := sorted(info["missing_keys"]):
-        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        raise ModelError(f"model {model}", f"its files lack {names}", "get all of them again")
+    if layers is None:
+        loaded = _with_weights(model, source, options)
+    else:
+        cut(config, layers)
+        try:
+            loaded = _with_weights(model, source.local(), {**options, "config": config})
+        except ModelError:
+            options.pop("quantization_config", None)
+            loaded = AutoModelForCausalLM.from_config(config, **options)
     loaded.config.use_cache = kwargs.use_cache
     if implementation == attention.NAME:
         fast.install(loaded)
@@ -79,6 +86,24 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     if kwargs.load_in_8bit:
         quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.vocab_size))
     return loaded.to(device)
+
+
+def _with_weights(model: str, source: "_Source", options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options = {**options, "output_loading_info": True, "use_safetensors": True}
+    loaded, info = _from_pretrained(AutoModelForCausalLM.from_pretrained, model, source, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise ModelError(f"model {model}", f"its files lack {names}", "get all of them again")
+    return loaded
+
+
+def cut(config: Any, layers: int) -> None:
+    """Leaves a configuration its first decoder layers."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
 
 
 def _any_tokenizer(model: str, kwargs: ModelKwargs) -> Any | None:
@@ -149,6 +174,10 @@ class _Source(NamedTuple):
             raise ModelError(where, "no such folder", mend)
         options = {"revision": kwargs.revision or "main", "cache_dir": kwargs.cache_dir, "token": kwargs.token}
         return cls(model, {**options, "local_files_only": not hub_answers()}, is_hub=True)
+
+    def local(self) -> "_Source":
+        """The same, without a download."""
+        return self._replace(options={**self.options, "local_files_only": True})
 
 
 def _from_pretrained(load: Callable[..., T], model: str, source: _Source, **options: Any) -> T:

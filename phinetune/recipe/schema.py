@@ -42,6 +42,13 @@ def _known_dtype(value: str) -> str:
     return name
 
 
+def _not_reentrant(value: dict[str, Any]) -> dict[str, Any]:
+    others = {name: given for name, given in value.items() if (name, given) != ("use_reentrant", False)}
+    if others:
+        raise ValueError("only use_reentrant: false is there, whose gradients are exact")
+    return value
+
+
 def _no_code_from_hub(value: str) -> str:
     if "/" in value:
         raise ValueError("names a kernel on the Hub, whose code would be run: name one of transformers' own")
@@ -70,7 +77,7 @@ class ModelKwargs(Section):
     """On a CPU: the decoder layers' weights in phinetune's own int8, half of bfloat16's memory and faster products. Not
     on a GPU yet, where it would mean bitsandbytes."""
     use_cache: bool = False
-    """While training; generation always uses a cache."""
+    """What the model's configuration says; training never keeps a cache, generation always does."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     token: str | None = None
@@ -143,7 +150,7 @@ class DataConfig(Section):
     today: str | None = None
     """The day that templates which write a date are told, such as 2026-01-31; the day of the run by default."""
     max_batch_tokens: PositiveInt = 1024
-    """Tokens laid into one flat batch. Layout only: any value gives the same update."""
+    """Tokens laid into one flat batch. Layout only: any value gives the same update, up to dropout's draws."""
     num_proc: PositiveInt | None = None
     """Processes that tokenise; one a core where the data is large, by default."""
 
@@ -193,7 +200,9 @@ class TrainingConfig(Section):
     """Recomputes the first layers alone, so many or, by `auto`, the fewest that `max_memory_gb` asks for."""
     max_memory_gb: Annotated[float, Field(gt=0)] | None = None
     """What the run should stay below, in 10⁹ bytes; by default what the machine has free."""
-    gradient_checkpointing_kwargs: dict[str, Any] = Field(default_factory=dict)
+    gradient_checkpointing_kwargs: Annotated[dict[str, Any], AfterValidator(_not_reentrant)] = Field(
+        default_factory=dict
+    )
     """`use_reentrant: false` is what is always used."""
     logging_strategy: Strategy = "steps"
     """When a line goes to metrics.jsonl."""

@@ -9,11 +9,12 @@ from phinetune import lora
 from phinetune.kernels import native
 from phinetune.kernels.products import product
 from phinetune.model.memory import Batch, bytes_to_come
-from phinetune.train.memory import memory_in_use
+from phinetune.train.memory import memory_free, memory_in_use
 
 # Share of the machine's matrix-product rate that a whole training step reaches, measured on SmolLM2-135M with flat
 # batches of 1,024 tokens on 2 CPU cores: in fp32, and in bfloat16 with the C++ kernels (docs/log.md).
 SHARE_OF_RATE, SHARE_WITH_KERNELS = 0.44, 0.7
+ROOM_TO_FOLD = 1.5  # what must be free beside a second copy of the adapted weights, as a multiple of it
 
 
 def expected_seconds(model: Any, tokens: int, supervised: int) -> float:
@@ -55,3 +56,9 @@ def expected_gb(model: Any, batch: Batch) -> float:
     """Peak memory of steps whose largest batch is `batch`, in units of 10⁹ bytes, for a model that is loaded and
     adapted: what is in use now, and what a step adds."""
     return (memory_in_use() + bytes_to_come(model, batch)) / 1e9
+
+
+def has_room_to_fold(model: Any) -> bool:
+    """Whether a second copy of the adapted weights, which makes answers faster, fits into what is free."""
+    adapted = sum(layer.weight.numel() for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear))
+    return adapted * torch.finfo(model.dtype).bits / 8 * ROOM_TO_FOLD < memory_free(model.device)

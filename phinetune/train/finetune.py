@@ -43,12 +43,13 @@ from phinetune.train.checkpoint import (
     newest_whole_checkpoint,
     read_state,
 )
-from phinetune.train.estimate import expected_gb, expected_seconds, has_kernels
+from phinetune.train.estimate import expected_gb, expected_seconds, has_kernels, has_room_to_fold
 from phinetune.train.log import ProgressBar, check_loggers, run_log
 from phinetune.train.loop import Loop
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import learning_rates, make_optimizer
-from phinetune.train.signals import Interrupted, listening
+from phinetune.train.rehearsal import rehearse
+from phinetune.train.signals import Interrupted, Signals, listening
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def train(
     eval_rows: Iterable[Any] | None = None,
     resume: bool | str | Path = False,
     overwrite: bool = False,
+    rehearsal: bool = True,
     words: Sequence[str] = (),
 ) -> Result:
     """Fine-tunes as a recipe says and writes the output folder.
@@ -106,6 +108,7 @@ def train(
         train_rows, eval_rows: rows as objects that take the place of `recipe.data.train` and `recipe.data.eval`.
         resume: True for the newest whole checkpoint of the output folder, or a checkpoint.
         overwrite: empties an output folder that isn't empty.
+        rehearsal: tries everything once, with the longest rows, before the first step.
         words: said at the beginning, such as what names were mapped.
 
     Raises:
@@ -122,53 +125,26 @@ def train(
         checkpoint = _checkpoint_to_resume(folder, resume)
         recipe = _with_today(recipe, tokenizer, checkpoint)
         data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
-        steps = Plan(data.train.lengths, config.seed_of_rows, config, recipe.data.max_length, data.weights)
-
-        learning_rate_at = learning_rates(config, len(steps))
         check_loggers(config)
         _check_evaluations(config, data)
-
-        device = pick_device(config.use_cpu)
-        recipe = _with_dtype(recipe, device, checkpoint)
-        identity = _identity(recipe, data)
-        if checkpoint is not None:
-            _check_identity(checkpoint, identity)
-
-        model = load_model(recipe.model, recipe.model_kwargs, device)
-        adapt_model(model, recipe.peft_config, config.seed)
-        batch = _largest_batch(data, recipe.data.max_batch_tokens)
-        recompute(model, _layers_to_recompute(model, config, batch))
-
-        revision = revision_of(recipe.model, recipe.model_kwargs)
-        base = Base(recipe.model, revision, chat_fingerprint(tokenizer))
-        loop = Loop(
-            recipe=recipe,
-            model=model,
-            optimizer=make_optimizer(model, config, recipe.peft_config),
-            learning_rate_at=learning_rate_at,
-            steps=steps,
-            train=data.train,
-            eval=data.eval,
-            folder=folder,
-            base=base,
-            identity=identity,
-            signals=signals,
-        )
+        loop = make_loop(recipe, tokenizer, data, signals, checkpoint)
         _check_room(loop)
         signals.check()
-        with _output(folder, recipe, data, tokenizer, fresh=not resume):
+        with _output(folder, loop.recipe, data, tokenizer, fresh=not resume):
             for word in words:
                 log.warning(word)
+            if rehearsal:
+                rehearse(loop, tokenizer, data)
             if checkpoint is not None:
                 loop.resume(checkpoint)
-            _announce(loop, data, batch, threads)
+            _announce(loop, data, threads)
             loop.run()
 
             with signals.deferred():
                 loop.load_best()
-                save_adapter(model, folder, base.model, base.revision, chat_format=base.chat_format)
+                save_adapter(loop.model, folder, loop.base.model, loop.base.revision, chat_format=loop.base.chat_format)
             with _ending_at_once(loop):
-                comparison = _compare(recipe, model, tokenizer, data, folder) if data.eval else None
+                comparison = _compare(loop, tokenizer, data) if data.eval else None
             with signals.deferred():
                 if comparison is not None:
                     loop.write_last_evaluation(comparison.tuned)
@@ -183,6 +159,52 @@ def train(
                 write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
                 log.info(f"done: {loop.step} steps in {summary['seconds']:.0f} s, peak {memory.gb:.2f} GB, {folder}")
     return Result(folder, summary, comparison)
+
+
+def make_loop(
+    recipe: Recipe,
+    tokenizer: Any,
+    data: Prepared,
+    signals: Signals,
+    checkpoint: Path | None = None,
+    layers: int | None = None,
+) -> Loop:
+    """Everything that a run trains with: steps, the model loaded and adapted, the optimiser.
+
+    Args:
+        checkpoint: that will be resumed, if the run agrees with it.
+        layers: only so many decoder layers, for a measurement.
+
+    Raises:
+        PhinetuneError: what the recipe asks for can't be had, or `checkpoint` is another run's.
+    """
+    config = recipe.training_config
+    steps = Plan(data.train.lengths, config.seed_of_rows, config, recipe.data.max_length, data.weights)
+    learning_rate_at = learning_rates(config, len(steps))
+    device = pick_device(config.use_cpu)
+    recipe = _with_dtype(recipe, device, checkpoint)
+    identity = _identity(recipe, data)
+    if checkpoint is not None:
+        _check_identity(checkpoint, identity)
+
+    model = load_model(recipe.model, recipe.model_kwargs, device, layers)
+    adapt_model(model, recipe.peft_config, config.seed)
+    batch = _largest_batch(data, recipe.data.max_batch_tokens)
+    recompute(model, _layers_to_recompute(model, config, batch))
+    return Loop(
+        recipe=recipe,
+        model=model,
+        optimizer=make_optimizer(model, config, recipe.peft_config),
+        learning_rate_at=learning_rate_at,
+        steps=steps,
+        train=data.train,
+        eval=data.eval,
+        folder=Path(config.output_dir),
+        base=Base(recipe.model, revision_of(recipe.model, recipe.model_kwargs), chat_fingerprint(tokenizer)),
+        identity=identity,
+        signals=signals,
+        largest_batch=batch,
+    )
 
 
 def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -251,7 +273,7 @@ def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh:
 
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run wrote, by name; anything else in the folder is somebody else's."""
-    for path in (folder / name for pattern in WRITTEN for name in folder.glob(pattern)):
+    for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -331,9 +353,9 @@ def _layers_to_recompute(model: Any, config: TrainingConfig, batch: Batch) -> in
     return layers_to_recompute(model, batch, memory_free(model.device) if limit is None else limit * 1e9 - used)
 
 
-def _announce(loop: Loop, data: Prepared, batch: Batch, threads: str) -> None:
+def _announce(loop: Loop, data: Prepared, threads: str) -> None:
     """Rows, supervised tokens, steps, expected time and memory, before the first step."""
-    model = loop.model
+    model, batch = loop.model, loop.largest_batch
     for name, ledger in data.ledgers.items():
         log.info(
             f"{name}: {ledger.used:,} rows of {ledger.source} used, {ledger.rejected:,} rejected; "
@@ -377,20 +399,22 @@ def _announce(loop: Loop, data: Prepared, batch: Batch, threads: str) -> None:
         log.warning(f"max_memory_gb={limit:g} is less than a batch of {batch.tokens:,} tokens takes: lower max_length")
 
 
-def _compare(recipe: Recipe, model: Any, tokenizer: Any, data: Prepared, folder: Path) -> Comparison:
+def _compare(loop: Loop, tokenizer: Any, data: Prepared) -> Comparison:
     """Base against tuned on the held-out rows; their answers go to answers.jsonl."""
+    recipe, folder = loop.recipe, loop.folder
     total = 2 * len(data.eval_rows) if recipe.evaluation.metrics else 0
     with ProgressBar("evaluating", total, bool(total) and not recipe.training_config.disable_tqdm) as bar:
         comparison = compare(
-            model,
+            loop.model,
             tokenizer,
             Renderer.of(tokenizer, recipe.data),
             data.eval,
             data.eval_rows,
             recipe.evaluation,
-            recipe.data.max_batch_tokens,
+            loop.max_batch_tokens,
             recipe.training_config.per_device_eval_batch_size,
             lambda who, done: bar.advance(done, what=f"evaluating {who}"),
+            fold=has_room_to_fold(loop.model),
         )
     for who, measured in (("base ", comparison.base), ("tuned", comparison.tuned)):
         log.info(f"{who}  " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items()))

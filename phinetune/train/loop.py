@@ -18,6 +18,7 @@ from phinetune.errors import CheckpointError, RunError, Stopped
 from phinetune.evaluate import evaluate_loss
 from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.model import flat_batches, loss_sum
+from phinetune.model.memory import Batch
 from phinetune.recipe import Recipe
 from phinetune.train.best import Best
 from phinetune.train.checkpoint import Base, checkpoint_of, load_checkpoint, read_state, save_checkpoint
@@ -119,6 +120,7 @@ class Loop:
     folder: Path
     base: Base
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
+    largest_batch: Batch
     signals: Signals = field(default_factory=Signals)
     step: int = 0
     counters: Counters = field(default_factory=Counters)
@@ -169,7 +171,7 @@ class Loop:
                 examples = [self.train[row] for row in self.steps[self.step]]
                 learning_rate = self.learning_rate_at(self.step)
                 begin = time.perf_counter()
-                loss, grad_norm = self._update(examples, learning_rate)
+                loss, grad_norm = self.update(examples, learning_rate)
                 self.step += 1
                 seconds = time.perf_counter() - begin
                 self._flag_jump(examples, loss)
@@ -200,7 +202,7 @@ class Loop:
     def is_over(self) -> bool:
         return self.step == len(self.steps) or self.best.is_exhausted
 
-    def _update(self, examples: Sequence[Example], learning_rate: float) -> tuple[float, float]:
+    def update(self, examples: Sequence[Example], learning_rate: float) -> tuple[float, float]:
         """`training_step`, in smaller flat batches once memory is refused: the same rows, the same update."""
         config = self.recipe.training_config
         longest = max(len(example.ids) for example in examples)

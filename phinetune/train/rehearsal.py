@@ -1,0 +1,99 @@
+"""Every part of a run tried once, with the longest rows, before the first step: what would fail in an hour fails now.
+
+    step          the longest rows that a flat batch holds: forward, backward, optimiser at learning rate 0
+    evaluation    the longest held-out rows; answers of a few tokens to the longest prompts
+    checkpoint    written, read back, removed
+    merge         one layer
+
+Nothing stays of it: what trains keeps its bits, AdamW's moments are forgotten, and a resumed run reads its checkpoint
+behind it.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from phinetune.data import Example, Prepared, Renderer
+from phinetune.evaluate import evaluate_loss
+from phinetune.generate import answers
+from phinetune.lora import fused, lora_layers
+from phinetune.train.checkpoint import load_checkpoint, save_checkpoint
+from phinetune.train.estimate import has_room_to_fold
+from phinetune.train.loop import Loop
+
+log = logging.getLogger(__name__)
+
+NEW_TOKENS = 2  # of each answer
+PROMPTS_LOOKED_AT = 1000
+FOLDER = ".tmp-checkpoint-rehearsal"  # called so that the next run removes what a killed one leaves
+
+
+def rehearse(loop: Loop, tokenizer: Any, data: Prepared) -> None:
+    """
+    Raises:
+        RunError: as the run itself would: a row that doesn't fit into memory, a loss that isn't finite, a full disk.
+    """
+    begin, done = time.perf_counter(), ["step"]
+    rows = longest_rows(data.train, loop.max_batch_tokens)
+    loop.model.train()
+    loop.update(rows, learning_rate=0.0)
+    if data.eval:
+        evaluate_loss(loop.model, longest_rows(data.eval, loop.max_batch_tokens), loop.max_batch_tokens)
+        done.append("evaluation")
+        if loop.recipe.evaluation.metrics:
+            _answer(loop, tokenizer, data)
+            done.append("answers")
+    _write_and_read(loop)
+    _merge(loop.model)
+    loop.optimizer.state.clear()
+    tokens = sum(len(row.ids) for row in rows)
+    log.info(
+        f"rehearsal: {', '.join([*done, 'checkpoint', 'merge'])} with the longest rows ({tokens:,} tokens in "
+        f"{len(rows)}): {time.perf_counter() - begin:.1f} s"
+    )
+
+
+def longest_rows(examples: Any, tokens: int) -> Sequence[Example]:
+    """The longest rows that `tokens` tokens hold, and the longest in any case."""
+    order = np.argsort(-np.asarray(examples.lengths), kind="stable")
+    count = int(np.searchsorted(np.cumsum(np.asarray(examples.lengths)[order]), tokens, side="right"))
+    return [examples[int(place)] for place in order[: max(count, 1)]]
+
+
+def _answer(loop: Loop, tokenizer: Any, data: Prepared) -> None:
+    renderer = Renderer.of(tokenizer, loop.recipe.data)
+    turns = [turn for row in data.eval_rows[:PROMPTS_LOOKED_AT] if (turn := renderer.last_answer(row))]
+    prompts = sorted((turn.prompt_ids for turn in turns), key=len, reverse=True)
+    size = loop.recipe.training_config.per_device_eval_batch_size
+    loop.model.eval()
+    with fused(loop.model) if has_room_to_fold(loop.model) else nullcontext():
+        answers(loop.model, tokenizer, prompts[:size], NEW_TOKENS, size)
+    loop.model.train()
+
+
+def _write_and_read(loop: Loop) -> None:
+    folder = loop.folder / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        checkpoint = save_checkpoint(folder, 0, loop.model, loop.optimizer, {"identity": {}}, loop.base, None)
+        load_checkpoint(checkpoint, loop.model, loop.optimizer)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _merge(model: Any) -> None:
+    """The largest adapted layer; all at once take the memory of a second model."""
+    layer = max(
+        (layer for _, layer in lora_layers(model)), key=lambda layer: sum(p.numel() for p in layer.parameters())
+    )
+    was_training = layer.training
+    layer.eval()
+    layer.merge()
+    layer.unmerge()
+    layer.train(was_training)
