@@ -159,6 +159,21 @@ def verify_resume(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe's.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="A GPU such as rtx4090, or memory such as 16GB; this machine by default.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """What a run will need: memory by its parts, time, disk; whether it fits, and what to change if it doesn't."""
+    from phinetune.cli.plan import run_plan
+
+    run_plan(recipe, overrides or [], device, json)
+
+
+@app.command()
 def explain(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings over the recipe's.")] = None,

@@ -2,7 +2,7 @@
 
 from phinetune.model.adapted import adapt_model
 from phinetune.model.family import flat_batches, fused_parts, long_rope_boundary, loss_sum, takes_flat_batches
-from phinetune.model.load import load_model, load_tokenizer, pick_device, resolve_dtype, revision_of
+from phinetune.model.load import load_config, load_model, load_tokenizer, pick_device, resolve_dtype, revision_of
 from phinetune.model.quantise import dequantise_layers, quantised_layers
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "dequantise_layers",
     "flat_batches",
     "fused_parts",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "long_rope_boundary",

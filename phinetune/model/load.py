@@ -41,6 +41,15 @@ def load_tokenizer(model: str, kwargs: ModelKwargs, tokenizer_kwargs: dict[str, 
     return tokenizer
 
 
+def load_config(model: str, kwargs: ModelKwargs) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ModelError: if it can't be had, or describes what no model is or its files don't hold.
+    """
+    return _config(model, _Source.of(model, kwargs))
+
+
 def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = None, layers: int | None = None) -> Any:
     """The base model in evaluation mode, frozen, on `device` (CPU by default).
 
@@ -50,7 +59,7 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     Raises:
         ModelError: if it can't be had or can't be read, or isn't to be had in 8 bits on this device.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     from phinetune.model import fast
 
@@ -63,8 +72,7 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     if model.endswith(".gguf"):
         options["quantization_config"] = GgufConfig(dequantize=True)
     source = _Source.of(model, kwargs)
-    config = _from_pretrained(AutoConfig.from_pretrained, model, source)
-    check_sizes(f"model {model}", source.place, config)
+    config = _config(model, source)
     implementation = kwargs.attn_implementation
     if implementation == "auto" and config.model_type in FLAT_FAMILIES:
         implementation = attention.NAME
@@ -86,6 +94,14 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     if kwargs.load_in_8bit:
         quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.vocab_size))
     return loaded.to(device)
+
+
+def _config(model: str, source: "_Source") -> Any:
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig.from_pretrained, model, source)
+    check_sizes(f"model {model}", source.place, config)
+    return config
 
 
 def _with_weights(model: str, source: "_Source", options: dict[str, Any]) -> Any:

@@ -189,7 +189,7 @@ def make_loop(
 
     model = load_model(recipe.model, recipe.model_kwargs, device, layers)
     adapt_model(model, recipe.peft_config, config.seed)
-    batch = _largest_batch(data, recipe.data.max_batch_tokens)
+    batch = largest_batch(data, recipe.data.max_batch_tokens)
     recompute(model, _layers_to_recompute(model, config, batch))
     return Loop(
         recipe=recipe,
@@ -335,7 +335,8 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
         raise CheckpointError(str(checkpoint), what, "resume with its own recipe and data")
 
 
-def _largest_batch(data: Prepared, max_batch_tokens: int) -> Batch:
+def largest_batch(data: Prepared, max_batch_tokens: int) -> Batch:
+    """As long as a run's flat batches can get, and the longest row in them."""
     longest = int(data.train.lengths.max())
     return Batch(max(longest, min(int(data.train.lengths.sum()), max_batch_tokens)), longest)
 

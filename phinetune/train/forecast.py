@@ -1,0 +1,301 @@
+"""What a run will need, before it starts: memory by its parts, time, disk; and what to change where it doesn't fit.
+
+Memory and time are straight lines in the number of decoder layers.  So the run's own parts (its model, its longest
+rows, its rehearsal, some of its steps) are measured with few layers and with more, each in a process of its own, and
+the lines are read at the model's number.  A model that doesn't fit here can be planned for in a minute:
+
+    peak  ┤                            ○   read at 32 layers
+          ┤                 ·
+          ┤      ●  measured with 4
+          ┤  ●      measured with 1
+          └──┴───┴─────────────────────┴── layers
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phinetune.data import Plan, Prepared, prepare
+from phinetune.disk import free_bytes
+from phinetune.errors import InputError, PhinetuneError, RecipeError, RunError
+from phinetune.kernels import native
+from phinetune.kernels.allocator import keep_freed_memory
+from phinetune.kernels.threads import settle_threads
+from phinetune.model import load_config, load_tokenizer, pick_device
+from phinetune.recipe import Recipe, dump_recipe, load_recipe
+from phinetune.train.checkpoint import MINIMUM_KEPT, checkpoint_bytes
+from phinetune.train.finetune import largest_batch, make_loop
+from phinetune.train.loop import Loop
+from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
+from phinetune.train.optimiser import trainable_parameters
+from phinetune.train.rehearsal import rehearse
+from phinetune.train.signals import listening
+
+# Memory (10⁹ bytes) and dense 16-bit products (FLOP a second), by NVIDIA's data sheets.
+GPUS = {
+    "t4": (16, 65e12), "l4": (24, 121e12), "a10": (24, 125e12), "rtx3090": (24, 71e12), "rtx4090": (24, 165e12),
+    "a100-40": (40, 312e12), "a100-80": (80, 312e12), "h100": (80, 989e12), "h200": (141, 989e12),
+}  # fmt: skip
+SHARE_ON_A_GPU, CONTEXT = 0.4, 0.6e9  # of that rate, and what CUDA takes for itself; assumed, not measured
+MEASURED_BYTES, MOST_MEASURED = 1 << 30, 8  # of the larger measurement, and its layers
+TIMED_STEPS, MOST_PASSES, TIMED_SECONDS = 4, 3, 6.0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run with some number of layers takes: bytes, and seconds for a token that is trained on."""
+
+    process: float
+    loaded: float
+    weights: float
+    trained: float
+    peak: float
+    checkpoint: float
+    seconds: float
+
+    def with_layers(self, here: int, other: "Needs", there: int, layers: int) -> "Needs":
+        """On the line through this, of `here` layers, and `other`, of `there`."""
+        share = (layers - here) / max(there - here, 1)
+        mine, its = asdict(self), asdict(other)
+        return Needs(**{name: mine[name] + (its[name] - mine[name]) * share for name in mine})
+
+
+def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
+    """All that `phinetune plan` says.
+
+    Args:
+        device: a GPU of `GPUS`, or this processor with other memory, such as `16GB`; this machine by default.
+
+    Raises:
+        PhinetuneError: what is wrong with the recipe, its data, its model or the device.
+    """
+    training = recipe.training_config
+    free, rate = _device(device, training.use_cpu)
+    tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
+    data = prepare(recipe.data, tokenizer, training.seed_of_rows)
+    steps = Plan(data.train.lengths, training.seed_of_rows, training, recipe.data.max_length, data.weights)
+    tokens = int(data.train.lengths[steps.rows_from(0)].sum())
+    layers = int(load_config(recipe.model, recipe.model_kwargs).num_hidden_layers)
+    limit = free if training.max_memory_gb is None else min(free, training.max_memory_gb * 1e9)
+
+    lines = _Lines(recipe, layers)
+    recomputed = _recomputed(recipe, lines, limit, on_gpu=rate is not None)
+    needs = lines.at(recomputed)
+    if rate is not None:
+        needs = _on_gpu(needs, rate, recomputed / layers)
+    kept = min(_saves(recipe, len(steps)), max(training.save_total_limit or 1 << 30, MINIMUM_KEPT) + 1)
+    batch = largest_batch(data, recipe.data.max_batch_tokens)
+    mapped = max(needs.weights - (needs.loaded - needs.process), 0.0) if needs.weights > 2e8 else 0.0
+    found = {
+        "model": recipe.model,
+        "device": device or pick_device(training.use_cpu).type,
+        "measured_with_layers": [lines.few, lines.more],
+        "layers": layers,
+        "recomputed_layers": recomputed,
+        "batch_tokens": batch.tokens,
+        "longest_row": batch.longest,
+        "gb": {name: round(size / 1e9, 3) for name, size in _parts(needs, lines, recomputed, mapped).items()},
+        "mapped_gb": round(mapped / 1e9, 3),
+        "peak_gb": round(needs.peak / 1e9, 3),
+        "free_gb": round(limit / 1e9, 3),
+        "fits": needs.peak + mapped <= limit,
+        "steps": len(steps),
+        "tokens": tokens,
+        "seconds_a_step": round(needs.seconds * tokens / len(steps), 3),
+        "seconds": round(needs.seconds * tokens, 1),
+        "disk_gb": round((kept * needs.checkpoint + needs.checkpoint / 4) / 1e9, 3),
+        "disk_free_gb": round(free_bytes(Path(training.output_dir)) / 1e9, 3),
+    }
+    return {**found, "advice": _advice(recipe, found, needs, batch.longest)}
+
+
+class _Lines:
+    """What is measured, when it is first asked for: layers that keep what their gradients need, or are recomputed."""
+
+    def __init__(self, recipe: Recipe, layers: int) -> None:
+        self.recipe, self.layers = recipe, layers
+        config = load_config(recipe.model, recipe.model_kwargs)
+        layer = 24 * int(config.hidden_size) ** 2  # bytes: some 12 squares of it in 16 bits
+        self.more = min(max(MEASURED_BYTES // layer, 3), MOST_MEASURED, layers)
+        self.few = max(self.more // 4, 1)
+        self._measured: dict[bool, tuple[Needs, Needs]] = {}
+
+    def ends(self, recomputed: bool) -> tuple[Needs, Needs]:
+        if recomputed not in self._measured:
+            few, more = (_in_a_process(self.recipe, count, recomputed) for count in (self.few, self.more))
+            self._measured[recomputed] = few, more
+        return self._measured[recomputed]
+
+    def all(self, recomputed: bool, layers: int | None = None) -> Needs:
+        few, more = self.ends(recomputed)
+        return few.with_layers(self.few, more, self.more, self.layers if layers is None else layers)
+
+    def at(self, recomputed: int) -> Needs:
+        """With so many of the layers recomputed: between both lines."""
+        if recomputed in (0, self.layers):
+            return self.all(bool(recomputed))
+        kept, made, share = asdict(self.all(False)), asdict(self.all(True)), recomputed / self.layers
+        return Needs(**{name: kept[name] + (made[name] - kept[name]) * share for name in kept})
+
+    def activations(self, recomputed: int) -> float:
+        """Bytes that all layers keep: what grows with their number, without their weights and what trains."""
+        needs, none = self.at(recomputed), self.all(bool(recomputed), 0)
+        return (needs.peak - none.peak) - (needs.loaded - none.loaded) - 12 / 4 * (needs.trained - none.trained)
+
+
+def _recomputed(recipe: Recipe, lines: _Lines, limit: float, on_gpu: bool) -> int:
+    """How many layers are recomputed: as the recipe says, or the fewest that make the run fit."""
+    training = recipe.training_config
+    if training.gradient_checkpointing:
+        return lines.layers
+    if training.gradient_checkpointing_layers != "auto":
+        return min(training.gradient_checkpointing_layers, lines.layers)
+    counts = range(lines.layers + 1)
+    return next((n for n in counts if _peak(lines.at(n), on_gpu) <= limit), lines.layers)
+
+
+def _peak(needs: Needs, on_gpu: bool) -> float:
+    return needs.peak - needs.process + CONTEXT if on_gpu else needs.peak
+
+
+def _on_gpu(needs: Needs, rate: float, recomputed: float) -> Needs:
+    """Memory as it is measured here, time by the device's rate: 4 FLOP a weight and token, 2 more where recomputed."""
+    flop = (4 + 2 * recomputed) * needs.weights / 2
+    seconds = flop / (rate * SHARE_ON_A_GPU)
+    peak, loaded = needs.peak - needs.process + CONTEXT, needs.loaded - needs.process + CONTEXT
+    return Needs(CONTEXT, loaded, needs.weights, needs.trained, peak, needs.checkpoint, seconds)
+
+
+def _parts(needs: Needs, lines: _Lines, recomputed: int, mapped: float) -> dict[str, float]:
+    """The peak, bytes by bytes."""
+    parts = {
+        "process": needs.process,
+        "weights": needs.weights - mapped,
+        "adapters": needs.trained,
+        "gradients": needs.trained,
+        "optimizer": 2 * needs.trained,
+        "activations": max(lines.activations(recomputed), 0.0),
+    }
+    return {**parts, "head and working memory": max(needs.peak - sum(parts.values()), 0.0)}
+
+
+def _advice(recipe: Recipe, found: dict[str, Any], needs: Needs, longest: int) -> list[str]:
+    """What to change, the mildest first; nothing where the run fits."""
+    advice = []
+    if found["disk_gb"] > found["disk_free_gb"]:
+        advice.append("training_config.save_total_limit=2, save_strategy: epoch, or another output_dir")
+    if found["fits"]:
+        return advice
+    if found["batch_tokens"] > longest:
+        advice.append(f"data.max_batch_tokens={longest}: the same update in smaller flat batches")
+    if recipe.training_config.max_memory_gb is not None:
+        advice.append("a higher training_config.max_memory_gb")
+    if found["recomputed_layers"] < found["layers"]:
+        advice.append("training_config.gradient_checkpointing=true: layers keep their input alone")
+    if not recipe.model_kwargs.load_in_8bit:
+        saved = needs.weights * 0.4 / 1e9
+        advice.append(f"model_kwargs.load_in_8bit=true: about {saved:.1f} GB less, on a CPU")
+    advice.append(f"data.max_length={max(longest // 2, 128)}: rows that are longer are left out, and listed")
+    return [*advice, "a smaller model"]
+
+
+def _saves(recipe: Recipe, steps: int) -> int:
+    """How many checkpoints a run writes at most."""
+    training = recipe.training_config
+    if training.save_strategy == "no":
+        return 0
+    every = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
+    return max(1, round(steps / every)) if training.save_strategy == "steps" else int(training.num_train_epochs) + 1
+
+
+def _device(name: str | None, use_cpu: bool) -> tuple[float, float | None]:
+    """(bytes that can be had, a GPU's rate by its name)"""
+    if name is None:
+        return memory_free(pick_device(use_cpu)) + memory_in_use(), None
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*GB", name, re.IGNORECASE):
+        return float(match[1]) * 1e9, None
+    if name.lower() not in GPUS:
+        raise RecipeError(f"--device {name}", "is not known", f"name one of {', '.join(GPUS)}, or memory such as 16GB")
+    memory, rate = GPUS[name.lower()]
+    return memory * 1e9, rate
+
+
+def _in_a_process(recipe: Recipe, layers: int, recomputed: bool) -> Needs:
+    """`measure`, where nothing was allocated before."""
+    with tempfile.TemporaryDirectory(prefix="phinetune-plan-") as folder:
+        changed = {"output_dir": str(Path(folder) / "run"), "gradient_checkpointing": recomputed, "disable_tqdm": True}
+        changed |= {} if recomputed else {"gradient_checkpointing_layers": 0}
+        peft = recipe.peft_config.model_copy(update={"layers_to_transform": None})
+        training = recipe.training_config.model_copy(update=changed)
+        path = Path(folder) / "recipe.yaml"
+        asked = recipe.model_copy(update={"training_config": training, "peft_config": peft})
+        path.write_text(dump_recipe(asked), encoding="utf-8")
+        command = [sys.executable, "-m", "phinetune.train.forecast", str(path), str(layers)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines, said = ran.stdout.strip().splitlines(), [line for line in ran.stderr.splitlines() if line.strip()]
+    if ran.returncode != 0 or not lines:
+        reason = said[-1].removeprefix("error: ") if said else f"it ended with {ran.returncode}"
+        kind = InputError if ran.returncode == InputError.exit_code else RunError
+        raise kind(f"plan, measured with {layers} layers", reason)
+    return Needs(**json.loads(lines[-1]))
+
+
+def measure(recipe: Recipe, layers: int) -> Needs:
+    """A run with so many layers, rehearsed and timed, in this process."""
+    keep_freed_memory()
+    settle_threads()
+    native.prepare()
+    with listening() as signals, MemoryPeak() as memory:
+        tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
+        data = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
+        process = memory_in_use()
+        loop = make_loop(recipe, tokenizer, data, signals, layers=layers)
+        loaded = memory_in_use()
+        loop.folder.mkdir(parents=True)
+        rehearse(loop, tokenizer, data)
+        seconds = _seconds_a_token(loop, data)
+        trained = trainable_parameters(loop.model).values()
+        trained_bytes: int = sum(p.numel() * p.element_size() for p in trained)
+        all_bytes: int = sum(p.nbytes for p in loop.model.parameters())
+        peak = memory.gb * 1e9
+        return Needs(
+            process, loaded, all_bytes - trained_bytes, trained_bytes, peak, checkpoint_bytes(loop.model), seconds
+        )
+
+
+def _seconds_a_token(loop: Loop, data: Prepared) -> float:
+    """Of some of the run's own steps, the fastest of a few passes: what disturbed one isn't the run's."""
+    numbers = sorted({int(n) for n in np.linspace(0, len(loop.steps) - 1, TIMED_STEPS)})
+    fastest = dict.fromkeys(numbers, float("inf"))
+    tokens = sum(int(data.train.lengths[loop.steps[number]].sum()) for number in numbers)
+    begin = time.perf_counter()
+    for passed in range(MOST_PASSES):
+        for number in numbers:
+            rows = [data.train[row] for row in loop.steps[number]]
+            start = time.perf_counter()
+            loop.update(rows, learning_rate=0.0)
+            fastest[number] = min(fastest[number], time.perf_counter() - start)
+        if time.perf_counter() - begin > TIMED_SECONDS * (passed + 1) / MOST_PASSES:
+            break
+    return sum(fastest.values()) / tokens
+
+
+def main() -> None:
+    """`python -m phinetune.train.forecast RECIPE LAYERS`: one measurement, as JSON."""
+    try:
+        print(json.dumps(asdict(measure(load_recipe(sys.argv[1])[0], int(sys.argv[2])))))
+    except PhinetuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
