@@ -8,6 +8,7 @@
     disk         no space at every write of a save, and on a small disk (needs strace, and `unshare -rm` around it)
     corruption   every file of a checkpoint missing, empty, truncated, with a bit flipped
     hostile      models, adapters, checkpoints, templates and data that mean harm
+    plan         what `phinetune plan` says beside what runs take, Phi-3-mini at full size among them
     signals      SIGTERM and SIGINT at random instants
 
 A section's keys are merged into benchmarks/results/reliability.json, and the table into docs/reliability.md.
@@ -28,6 +29,7 @@ import disk as disk_trials
 import forked
 import hostile as hostile_trials
 import kills as kill_trials
+import plans as plan_trials
 import results
 import signals as signal_trials
 import small_phi3
@@ -87,11 +89,16 @@ def hostile(bench: Bench) -> dict[str, Any]:
     return hostile_trials.attack(bench.small(), bench.folder / "small-phi3", bench.asked.every)
 
 
+def plan(bench: Bench) -> dict[str, Any]:
+    return plan_trials.plans(bench.folder, phi3=bench.asked.model is None)
+
+
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "calls": calls,
     "disk": disk,
     "corruption": corruption,
     "hostile": hostile,
+    "plan": plan,
     "signals": signals,
     "kills": kills,
 }

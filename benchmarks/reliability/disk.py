@@ -12,7 +12,7 @@ from typing import Any
 import forked
 import subject
 from kills import STOPPED_SAVE, Call, stop_at_save, trace
-from subject import Subject
+from subject import SAVED_EVERY, Subject
 
 WRITING = ("write", "pwrite64", "writev", "fsync", "rename", "renameat", "renameat2", "mkdir", "mkdirat", "ftruncate")
 PAGE = 4096
@@ -94,13 +94,12 @@ def stop_behind_check() -> Callable[[], None]:
     """In a fork: its second save stops between its look at the disk and its first file."""
 
     def before() -> None:
-        checkpoint, seen = forked.module("phinetune.train.checkpoint"), []
+        checkpoint, name = forked.module("phinetune.train.checkpoint"), f"checkpoint-{STOPPED_SAVE * SAVED_EVERY}"
         real = checkpoint.check_room
 
         def check_room(path: Path, size: int) -> None:
             real(path, size)
-            seen.append(path)
-            if len(seen) == STOPPED_SAVE:
+            if path.name == name:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
         checkpoint.check_room = check_room  # type: ignore[attr-defined]
@@ -122,7 +121,7 @@ def _ended_well(
         faults.append("no clear error")
     if left:
         faults.append(f"left {left}")
-    if kept < subject.SAVED_EVERY:
+    if kept < SAVED_EVERY:
         faults.append("no checkpoint to go on from")
     mend()
     if given.start(out, said, resume=True).wait() != 0 or given.digests(out) != given.whole:
