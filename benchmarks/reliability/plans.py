@@ -41,12 +41,12 @@ def plans(folder: Path, phi3: bool = True) -> dict[str, Any]:
 
 def recipes(folder: Path, phi3: bool) -> Iterator[tuple[str, Path]]:
     short, long = write_rows(folder / "short.jsonl", 12, 24), write_rows(folder / "long.jsonl", 96, 24)
-    for data, tokens in ((short, 512), (long, 4096)):
+    for data, tokens, rows in ((short, 512, 4), (long, 4096, 1)):
         for checkpointing in (False, True):
             name = f"SmolLM2-135M, bf16, rows of {tokens:,} tokens" + (", gradient checkpointing" * checkpointing)
             yield (
                 name,
-                write_recipe(folder, f"smollm2-{tokens}-{checkpointing}", "smollm2", data, tokens, checkpointing),
+                write_recipe(folder, f"smollm2-{tokens}-{checkpointing}", "smollm2", data, tokens, checkpointing, rows),
             )
     if phi3:
         model = folder / "phi3-mini"
@@ -54,7 +54,7 @@ def recipes(folder: Path, phi3: bool) -> Iterator[tuple[str, Path]]:
         data = write_rows(folder / "middle.jsonl", 46, 6)
         yield (
             "Phi-3-mini, random weights, bf16, a row of 2,048 tokens",
-            write_recipe(folder, "phi3-mini-2048", str(model), data, 2048, False, rows=1),
+            write_recipe(folder, "phi3-mini-2048", str(model), data, 2048, False, 1),
         )
 
 
@@ -72,9 +72,7 @@ def write_rows(path: Path, turns: int, count: int) -> Path:
     return path
 
 
-def write_recipe(
-    folder: Path, name: str, model: str, data: Path, tokens: int, checkpointing: bool, rows: int = 4
-) -> Path:
+def write_recipe(folder: Path, name: str, model: str, data: Path, tokens: int, checkpointing: bool, rows: int) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(
         f"""

@@ -39,13 +39,15 @@ def library(name: str) -> ctypes.CDLL | None:
         log.warning(f"no C++ compiler (g++, clang++), so the kernel {name!r} isn't used, which makes training slower")
         return None
     try:
-        return ctypes.CDLL(str(_compile(name, compiler)))
+        found = ctypes.CDLL(str(_compile(name, compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning(
             f"{compiler[0]} doesn't make the kernel {name!r} ({said[0] if said else error}): training is slower"
         )
         return None
+    found.was_refused.restype = ctypes.c_bool
+    return found
 
 
 def prepare() -> None:
@@ -56,10 +58,16 @@ def prepare() -> None:
 
 
 def call(name: str, function: str, *arguments: Any) -> None:
-    """A function of a library that is there: tensors go by their address, None as null, the rest as it is."""
+    """A function of a library that is there: tensors go by their address, None as null, the rest as it is.
+
+    Raises:
+        MemoryError: if the system refused it memory; what it wrote is as it should be.
+    """
     found = library(name)
     assert found is not None, f"{name} isn't compiled"
     getattr(found, function)(*map(_as_c, arguments))
+    if found.was_refused():
+        raise MemoryError(f"{function} was refused memory")
 
 
 def _as_c(argument: Any) -> Any:

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 
@@ -157,10 +158,39 @@ inline void pair_along(const bf16* rows, long stride, int count, int width, pair
                                        _mm256_loadu_si256((const __m256i*)(rows + (i + 1) * stride + d))));
 }
 
+// What a kernel has begun, in several threads, it must end. So where the system refuses it memory it works in this,
+// which costs nothing until then, and tells behind the call by `was_refused`.
+class Reserve {
+  public:
+    void* take(size_t bytes) {
+        const size_t from = taken.fetch_add(bytes);
+        if (!all || from + bytes > SIZE) std::abort();
+        return all + from;
+    }
+    bool has(void* data) const { return data >= all && data < all + SIZE; }
+    bool forget() { return taken.exchange(0) > 0; }
+
+  private:
+    static constexpr size_t SIZE = 192 << 20;
+    char* all = (char*)std::aligned_alloc(64, SIZE);
+    std::atomic<size_t> taken{0};
+};
+
+static Reserve reserve;
+
 template <class T>
 struct Scratch {
-    explicit Scratch(size_t count) : data((T*)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {}
+    explicit Scratch(size_t count) {
+        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+        void* got = std::aligned_alloc(64, bytes);
+        data = (T*)(got || !bytes ? got : reserve.take(bytes));
+    }
     Scratch(const Scratch&) = delete;
-    ~Scratch() { std::free(data); }
+    ~Scratch() {
+        if (!reserve.has(data)) std::free(data);
+    }
     T* data;
 };
+
+// Whether memory was refused since it was last asked.
+extern "C" __attribute__((used)) inline bool was_refused() { return reserve.forget(); }
