@@ -79,6 +79,8 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     """
     training = recipe.training_config
     free, rate = _device(device, training.use_cpu)
+    if recipe.data.train == "-":
+        raise RecipeError("data.train", "is standard input, which can be read once only", "give a file")
     tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
     data = prepare(recipe.data, tokenizer, training.seed_of_rows)
     steps = Plan(data.train.lengths, training.seed_of_rows, training, recipe.data.max_length, data.weights)

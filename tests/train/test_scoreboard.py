@@ -16,9 +16,9 @@ RELIABILITY = ROOT / "benchmarks" / "reliability"
 TRL = ROOT / ".venv-trl"
 
 
-def score(tmp_path, *sections, within=()):
+def score(tmp_path, *sections, within=(), every=30):
     results = tmp_path / "results.json"
-    few = ["--kills", "6", "--signals", "5", "--truncations", "3", "--flips", "6", "--every", "30"]
+    few = ["--kills", "6", "--signals", "5", "--truncations", "3", "--flips", "6", "--every", str(every)]
     options = [*few, "--model", "small", "--results", str(results)]
     said = run([*within, sys.executable, str(RELIABILITY), *sections, *options])
     return json.loads(results.read_text()), said
@@ -39,6 +39,12 @@ def test_killed_signalled_and_damaged(tmp_path):
     assert (found["signals"], found["signals_late"], found["signals_faults"]) == (5, 0, 0), said
     assert found["corruptions"] == 7 * 11
     assert (found["corruptions_missed"], found["corruptions_resumed_wrong"]) == (0, 0), said
+
+
+def test_hostile_artefacts(tmp_path):
+    found, said = score(tmp_path, "hostile", every=8)
+    assert found["hostile"] > 20
+    assert (found["hostile_run"], found["hostile_not_refused"]) == (0, 0), said
 
 
 def test_killed_and_refused_in_a_save(tmp_path):
