@@ -71,7 +71,7 @@ def phase_of(text: str) -> str:
     """What a run was doing, by the last line that it had said."""
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        return "load, tokenise"
+        return "load, tokenise, rehearse"
     last = lines[-1]
     if "done:" in text:
         return "ending"

@@ -32,7 +32,7 @@ from phinetune.lora.switch import replace_module, switch_off
 from phinetune.lora.targets import FusedParts, is_transposed, lora_class, whole_modules
 from phinetune.untrusted import bounded
 
-PATTERN_SECONDS, PATTERN_BYTES = 0.5, 1 << 28  # for the patterns of an adapter's configuration
+PATTERN_SECONDS, PATTERN_BYTES = 0.3, 1 << 28  # for the patterns of an adapter's configuration
 
 
 def load_adapter(

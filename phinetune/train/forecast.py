@@ -46,6 +46,7 @@ GPUS = {
 }  # fmt: skip
 SHARE_ON_A_GPU, CONTEXT = 0.4, 0.6e9  # of that rate, and what CUDA takes for itself; assumed, not measured
 MEASURED_BYTES, MOST_MEASURED = 1 << 30, 8  # of the larger measurement, and its layers
+SEEN_MAPPED = 2e8  # bytes of weights below which it can't be told whether they are mapped from their file
 TIMED_STEPS, MOST_PASSES, TIMED_SECONDS = 4, 3, 6.0
 
 
@@ -95,7 +96,7 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         needs = _on_gpu(needs, rate, recomputed / layers)
     kept = min(_saves(recipe, len(steps)), max(training.save_total_limit or 1 << 30, MINIMUM_KEPT) + 1)
     batch = largest_batch(data, recipe.data.max_batch_tokens)
-    mapped = max(needs.weights - (needs.loaded - needs.process), 0.0) if needs.weights > 2e8 else 0.0
+    mapped = max(needs.weights - (needs.loaded - needs.process), 0.0) if needs.weights > SEEN_MAPPED else 0.0
     found = {
         "model": recipe.model,
         "device": device or pick_device(training.use_cpu).type,
@@ -255,7 +256,7 @@ def measure(recipe: Recipe, layers: int) -> Needs:
     keep_freed_memory()
     settle_threads()
     native.prepare()
-    with listening() as signals, MemoryPeak() as memory:
+    with listening() as signals:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         data = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
         process = memory_in_use()
@@ -263,14 +264,20 @@ def measure(recipe: Recipe, layers: int) -> Needs:
         loaded = memory_in_use()
         loop.folder.mkdir(parents=True)
         rehearse(loop, tokenizer, data)
-        seconds = _seconds_a_token(loop, data)
-        trained = trainable_parameters(loop.model).values()
-        trained_bytes: int = sum(p.numel() * p.element_size() for p in trained)
-        all_bytes: int = sum(p.nbytes for p in loop.model.parameters())
-        peak = memory.gb * 1e9
-        return Needs(
-            process, loaded, all_bytes - trained_bytes, trained_bytes, peak, checkpoint_bytes(loop.model), seconds
-        )
+        with MemoryPeak() as memory:  # freed memory is kept, so the rehearsal's is in it, but no compiler
+            seconds = _seconds_a_token(loop, data)
+    trained = trainable_parameters(loop.model).values()
+    trained_bytes: int = sum(p.numel() * p.element_size() for p in trained)
+    all_bytes: int = sum(p.nbytes for p in loop.model.parameters())
+    return Needs(
+        process=process,
+        loaded=loaded,
+        weights=all_bytes - trained_bytes,
+        trained=trained_bytes,
+        peak=memory.gb * 1e9,
+        checkpoint=checkpoint_bytes(loop.model),
+        seconds=seconds,
+    )
 
 
 def _seconds_a_token(loop: Loop, data: Prepared) -> float:

@@ -60,12 +60,13 @@ def test_what_can_be_counted_by_hand(said):
     assert said["disk_gb"] < 0.01
 
 
+@pytest.mark.slow
 def test_the_run_takes_what_was_said(recipe, said):
-    command = [sys.executable, "-m", "phinetune", "train", str(recipe), "logging_steps=1"]
-    ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert ran.returncode == 0, ran.stderr
+    command = [sys.executable, "-m", "phinetune", "train", str(recipe), "--overwrite"]
+    for _ in range(2):  # the first of all runs has a compiler beside it
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+        assert ran.returncode == 0, ran.stderr
     summary = json.loads((recipe.parent / "run" / "summary.json").read_text())
     assert said["peak_gb"] == pytest.approx(summary["peak_gb"], rel=0.1)
 
@@ -86,6 +87,7 @@ def test_devices():
         _device("abacus", use_cpu=True)
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_too_small(recipe):
     from phinetune.recipe import load_recipe
 

@@ -113,4 +113,4 @@ def test_no_rehearsal_from_the_command_line(tmp_path, tiny_llama_folder, chats):
     )  # fmt: skip
     ran = CliRunner().invoke(app, ["train", str(recipe), "--no-rehearsal"])
     assert ran.exit_code == 0, ran.output
-    assert "rehearsal" not in (tmp_path / "run" / "train.log").read_text()
+    assert " rehearsal: " not in (tmp_path / "run" / "train.log").read_text()
