@@ -115,15 +115,15 @@ def write_chats(folder: Path) -> Path:
 
 
 def write_recipe(folder: Path, model: str) -> None:
-    """4 of the chats held out; 6 a step in several flat batches."""
+    """4 of the chats held out; 4 a step in several flat batches."""
     (folder / "recipe.yaml").write_text(
         f"""
 model: {model}
-data: {{train: {write_chats(folder)}, eval: 0.1, max_batch_tokens: 128}}
+data: {{train: {write_chats(folder)}, eval: 0.1, max_batch_tokens: 96}}
 training_config:
   learning_rate: 1.0e-3
   max_steps: {STEPS}
-  per_device_train_batch_size: 6
+  per_device_train_batch_size: 4
   logging_steps: 1
   eval_strategy: steps
   eval_steps: {SAVED_EVERY}
