@@ -152,6 +152,25 @@ def test_an_adapter_beside_a_model_is_not_put_on_it_unasked(tiny_llama_folder, t
         load_model(str(folder), ModelKwargs())
 
 
+def test_a_snapshot_in_the_hubs_cache(tiny_llama_folder, tmp_path):
+    repository = tmp_path / "models--owner--tiny"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / ("a" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    for path in tiny_llama_folder.iterdir():
+        shutil.copy(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    kwargs = ModelKwargs(cache_dir=str(tmp_path))
+    assert load_tokenizer("owner/tiny", kwargs).chat_template
+    assert load_model("owner/tiny", kwargs).config.model_type == "llama"
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tiny_llama_folder / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json is a link out of the folder"):
+        load_model("owner/tiny", kwargs)
+
+
 def test_a_template_that_loops(tiny_llama_folder, tmp_path):
     from phinetune.data import Renderer
 

@@ -1,5 +1,6 @@
 """What a model's files must be like before a library reads them; phinetune.untrusted has the why."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def check_model_files(where: str, place: str, options: Mapping[str, Any]) -> Non
     Raises:
         ModelError: for a link or a shard that leads out of the folder, pickled weights, an adapter in the model.
     """
-    folder = Path(place) if Path(place).is_dir() else _snapshot(place, options)
+    folder = Path(place) if Path(place).is_dir() else _snapshot(place, **options)
     if folder is None:
         return
     try:
@@ -84,7 +85,8 @@ def _tensors(where: str, path: Path) -> int:
         raise ModelError(where, f"{path.name} is damaged ({error})", "get it again") from None
 
 
-def _snapshot(place: str, options: Mapping[str, Any]) -> Path | None:
+@functools.cache
+def _snapshot(place: str, **options: Any) -> Path | None:
     """The folder in the Hub's cache, with what is looked at in it; None where that can't be had."""
     from transformers.utils import cached_file
 

@@ -8,6 +8,7 @@ Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016).
 """
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,19 @@ def layers_to_recompute(model: Any, batch: Batch, free: float) -> int:
     """The fewest decoder layers whose recomputation makes a step fit into `free` bytes; all of them if none does."""
     count = len(decoder_layers(model))
     return next((n for n in range(count) if bytes_to_come(model, batch, n) <= free), count)
+
+
+def mapped_bytes(model: nn.Module) -> int:
+    """Of the parameters, what lies in a mapped file, as safetensors of the model's own dtype do: it isn't counted as
+    memory in use, and a step that doesn't find it in memory reads it from the disk."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return 0
+    fields = [line.split(maxsplit=5) for line in lines]
+    ranges = [tuple(int(end, 16) for end in f[0].split("-")) for f in fields if len(f) == 6 and f[5].startswith("/")]
+    own = [p for p in model.parameters() if p.device.type == "cpu"]
+    return sum(p.nbytes for p in own if any(begin <= p.data_ptr() < end for begin, end in ranges))
 
 
 def recompute(model: Any, layers: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from phinetune import lora
 from phinetune.kernels import native
 from phinetune.kernels.products import product
-from phinetune.model.memory import Batch, bytes_to_come
+from phinetune.model.memory import Batch, bytes_to_come, mapped_bytes
 from phinetune.train.memory import memory_free, memory_in_use
 
 # Share of the machine's matrix-product rate that a whole training step reaches, measured on SmolLM2-135M with flat
@@ -61,4 +61,4 @@ def expected_gb(model: Any, batch: Batch) -> float:
 def has_room_to_fold(model: Any) -> bool:
     """Whether a second copy of the adapted weights, which makes answers faster, fits into what is free."""
     adapted = sum(layer.weight.numel() for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear))
-    return adapted * torch.finfo(model.dtype).bits / 8 * ROOM_TO_FOLD < memory_free(model.device)
+    return adapted * torch.finfo(model.dtype).bits / 8 * ROOM_TO_FOLD < memory_free(model.device) - mapped_bytes(model)

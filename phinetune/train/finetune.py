@@ -32,7 +32,14 @@ from phinetune.model import (
     revision_of,
     takes_flat_batches,
 )
-from phinetune.model.memory import Batch, decoder_layers, layers_to_recompute, recompute, recomputed_layers
+from phinetune.model.memory import (
+    Batch,
+    decoder_layers,
+    layers_to_recompute,
+    mapped_bytes,
+    recompute,
+    recomputed_layers,
+)
 from phinetune.recipe import Recipe, TrainingConfig, dump_recipe
 from phinetune.train.checkpoint import (
     MINIMUM_KEPT,
@@ -350,8 +357,9 @@ def _layers_to_recompute(model: Any, config: TrainingConfig, batch: Batch) -> in
         return count
     if config.gradient_checkpointing_layers != "auto":
         return min(count, config.gradient_checkpointing_layers)
-    limit, used = config.max_memory_gb, memory_in_use()
-    return layers_to_recompute(model, batch, memory_free(model.device) if limit is None else limit * 1e9 - used)
+    if config.max_memory_gb is not None:
+        return layers_to_recompute(model, batch, config.max_memory_gb * 1e9 - memory_in_use())
+    return layers_to_recompute(model, batch, memory_free(model.device) - mapped_bytes(model))
 
 
 def _announce(loop: Loop, data: Prepared, threads: str) -> None:

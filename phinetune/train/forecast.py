@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.kernels.threads import settle_threads
 from phinetune.model import load_config, load_tokenizer, pick_device
+from phinetune.model.memory import mapped_bytes
 from phinetune.recipe import Recipe, dump_recipe, load_recipe
 from phinetune.train.checkpoint import MINIMUM_KEPT, checkpoint_bytes
 from phinetune.train.finetune import largest_batch, make_loop
@@ -46,7 +47,6 @@ GPUS = {
 }  # fmt: skip
 SHARE_ON_A_GPU, CONTEXT = 0.4, 0.6e9  # of that rate, and what CUDA takes for itself; assumed, not measured
 MEASURED_BYTES, MOST_MEASURED = 1 << 30, 8  # of the larger measurement, and its layers
-SEEN_MAPPED = 2e8  # bytes of weights below which it can't be told whether they are mapped from their file
 TIMED_STEPS, MOST_PASSES, TIMED_SECONDS = 4, 3, 6.0
 
 
@@ -57,6 +57,8 @@ class Needs:
     process: float
     loaded: float
     weights: float
+    mapped: float
+    """Of the weights: read from their file as they are wanted, and not counted in the peak."""
     trained: float
     peak: float
     checkpoint: float
@@ -96,7 +98,6 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         needs = _on_gpu(needs, rate, recomputed / layers)
     kept = min(_saves(recipe, len(steps)), max(training.save_total_limit or 1 << 30, MINIMUM_KEPT) + 1)
     batch = largest_batch(data, recipe.data.max_batch_tokens)
-    mapped = max(needs.weights - (needs.loaded - needs.process), 0.0) if needs.weights > SEEN_MAPPED else 0.0
     found = {
         "model": recipe.model,
         "device": device or pick_device(training.use_cpu).type,
@@ -105,11 +106,11 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         "recomputed_layers": recomputed,
         "batch_tokens": batch.tokens,
         "longest_row": batch.longest,
-        "gb": {name: round(size / 1e9, 3) for name, size in _parts(needs, lines, recomputed, mapped).items()},
-        "mapped_gb": round(mapped / 1e9, 3),
+        "gb": {name: round(size / 1e9, 3) for name, size in _parts(needs, lines, recomputed).items()},
+        "mapped_gb": round(needs.mapped / 1e9, 3),
         "peak_gb": round(needs.peak / 1e9, 3),
         "free_gb": round(limit / 1e9, 3),
-        "fits": needs.peak + mapped <= limit,
+        "fits": needs.peak + needs.mapped <= limit,
         "steps": len(steps),
         "tokens": tokens,
         "seconds_a_step": round(needs.seconds * tokens / len(steps), 3),
@@ -162,26 +163,27 @@ def _recomputed(recipe: Recipe, lines: _Lines, limit: float, on_gpu: bool) -> in
     if training.gradient_checkpointing_layers != "auto":
         return min(training.gradient_checkpointing_layers, lines.layers)
     counts = range(lines.layers + 1)
-    return next((n for n in counts if _peak(lines.at(n), on_gpu) <= limit), lines.layers)
+    return next((n for n in counts if _taken(lines.at(n), on_gpu) <= limit), lines.layers)
 
 
-def _peak(needs: Needs, on_gpu: bool) -> float:
-    return needs.peak - needs.process + CONTEXT if on_gpu else needs.peak
+def _taken(needs: Needs, on_gpu: bool) -> float:
+    """All that must lie in memory."""
+    return needs.peak + needs.mapped - (needs.process - CONTEXT if on_gpu else 0)
 
 
 def _on_gpu(needs: Needs, rate: float, recomputed: float) -> Needs:
     """Memory as it is measured here, time by the device's rate: 4 FLOP a weight and token, 2 more where recomputed."""
     flop = (4 + 2 * recomputed) * needs.weights / 2
     seconds = flop / (rate * SHARE_ON_A_GPU)
-    peak, loaded = needs.peak - needs.process + CONTEXT, needs.loaded - needs.process + CONTEXT
-    return Needs(CONTEXT, loaded, needs.weights, needs.trained, peak, needs.checkpoint, seconds)
+    taken = _taken(needs, on_gpu=True)
+    return replace(needs, process=CONTEXT, peak=taken, mapped=0.0, seconds=seconds)
 
 
-def _parts(needs: Needs, lines: _Lines, recomputed: int, mapped: float) -> dict[str, float]:
+def _parts(needs: Needs, lines: _Lines, recomputed: int) -> dict[str, float]:
     """The peak, bytes by bytes."""
     parts = {
         "process": needs.process,
-        "weights": needs.weights - mapped,
+        "weights": needs.weights - needs.mapped,
         "adapters": needs.trained,
         "gradients": needs.trained,
         "optimizer": 2 * needs.trained,
@@ -273,6 +275,7 @@ def measure(recipe: Recipe, layers: int) -> Needs:
         process=process,
         loaded=loaded,
         weights=all_bytes - trained_bytes,
+        mapped=mapped_bytes(loop.model),
         trained=trained_bytes,
         peak=memory.gb * 1e9,
         checkpoint=checkpoint_bytes(loop.model),
