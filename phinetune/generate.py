@@ -4,6 +4,7 @@ Generation ends at every token that ends a turn: the tokenizer's end of text, wh
 names, and the control tokens that the chat template writes behind words (Phi-3: <|end|>, <|assistant|>).
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from phinetune.data import Renderer
+from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.model import long_rope_boundary
+
+log = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
 
@@ -47,7 +51,8 @@ def answers(
     boundary = long_rope_boundary(model.config)
     longer = sum(boundary is not None and len(prompt) + max_new_tokens > boundary for prompt in prompts)
     for chunk in [c for side in (order[:longer], order[longer:]) for c in _batches(side, batch_size)]:
-        for i, ids in zip(chunk, _greedy(model, [prompts[i] for i in chunk], stops, max_new_tokens), strict=True):
+        said = _in_memory(model, [prompts[i] for i in chunk], stops, max_new_tokens)
+        for i, ids in zip(chunk, said, strict=True):
             texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
         on_progress(len(chunk))
     return texts
@@ -56,6 +61,19 @@ def answers(
 def _batches(places: list[int], size: int) -> list[list[int]]:
     """Prompts on the two sides of LongRoPE's boundary, which need other factors, never get here together."""
     return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def _in_memory(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
+    """`_greedy`, of half the prompts at a time once memory is refused."""
+    try:
+        return _greedy(model, prompts, stops, max_new_tokens)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(prompts) == 1:
+            raise
+    half = len(prompts) // 2
+    log.warning(f"answers: memory was refused for {len(prompts)} prompts at once: going on with {half}")
+    parts = prompts[:half], prompts[half:]
+    return [ids for part in parts for ids in _in_memory(model, part, stops, max_new_tokens)]
 
 
 def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:

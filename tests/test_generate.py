@@ -42,6 +42,42 @@ def test_batched_answers_are_those_of_each_prompt_alone(smollm2, smollm2_tokeniz
     assert any(len(text.split()) > 3 for text in alone)
 
 
+def test_the_head_reads_rows_that_lie_together(smollm2, smollm2_tokenizer, monkeypatch):
+    """Of a slice of a batch torch multiplies row by row, with a copy of the head's weight for each."""
+    head, read = smollm2.get_output_embeddings(), []
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: (read.append(x), forward(x))[1])
+    answers(smollm2, smollm2_tokenizer, prompts(smollm2_tokenizer, "Be brief."), 3)
+    assert head._forward_pre_hooks == {}, "nothing is left on the model"
+    assert max(len(x) for x in read) == len(QUESTIONS)
+    assert all(x.is_contiguous() for x in read)
+
+
+def test_prompts_for_which_memory_is_refused_are_answered_in_halves(smollm2, smollm2_tokenizer, monkeypatch, caplog):
+    from phinetune import generate
+
+    asked = prompts(smollm2_tokenizer, "Be brief.")
+    whole, real, sizes = answers(smollm2, smollm2_tokenizer, asked, 4), generate._greedy, []
+
+    def greedy(model, prompts, *given):
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise MemoryError("refused")
+        return real(model, prompts, *given)
+
+    monkeypatch.setattr(generate, "_greedy", greedy)
+    assert answers(smollm2, smollm2_tokenizer, asked, 4) == whole
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    assert "going on with 2" in caplog.text
+
+    def never(*given):
+        raise MemoryError("refused")
+
+    monkeypatch.setattr(generate, "_greedy", never)
+    with pytest.raises(MemoryError):
+        answers(smollm2, smollm2_tokenizer, asked[:1], 4)
+
+
 def test_streaming_gives_the_same_answer_in_pieces(smollm2, smollm2_tokenizer):
     (whole,) = answers(smollm2, smollm2_tokenizer, prompts(smollm2_tokenizer, "Be brief.")[:1], 30)
     pieces = []

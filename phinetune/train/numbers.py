@@ -29,8 +29,11 @@ def is_jump(loss: float, before: Sequence[float]) -> bool:
 
 
 def worst_rows(model: Any, examples: Sequence[Example], max_tokens: int) -> str:
-    """The rows of a step that the model finds hardest, each with its loss."""
-    losses = [(evaluate_loss(model, [example], max_tokens)["eval_loss"], example.where) for example in examples]
+    """The rows of a step that the model finds hardest, each with its loss; none where the update has broken it."""
+    try:
+        losses = [(evaluate_loss(model, [example], max_tokens)["eval_loss"], example.where) for example in examples]
+    except RunError as error:
+        return f"that can't be told: {error.what}"
     return ", ".join(f"{where} ({loss:.3g})" for loss, where in sorted(losses, reverse=True)[:NAMED])
 
 
