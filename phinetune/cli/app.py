@@ -191,14 +191,21 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's output folder, a checkpoint, or another adapter folder.")],
     data: Annotated[str | None, typer.Option(help="Held-out chats; the run's own by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
-    answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Also generate, and compare exactly.")] = True,
+    answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Also generate, and measure that.")] = True,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="exact_match, rouge1, rouge2, rougeL, rougeLsum, bleu, chrf, json_valid, json_fields or "
+            "FILE.py:NAME; may be given several times."
+        ),
+    ] = None,
     allow_template_mismatch: AnyTemplate = False,
     json: Json = False,
 ) -> None:
-    """Measure base and tuned model on held-out chats: loss, perplexity, exact match."""
+    """Measure base and tuned model on held-out chats: loss, perplexity, and metrics of their answers."""
     from phinetune.cli.evaluate import run_evaluate
 
-    run_evaluate(run, data, max_new_tokens, answers, allow_template_mismatch, json)
+    run_evaluate(run, data, max_new_tokens, answers, metric or [], allow_template_mismatch, json)
 
 
 @app.command()

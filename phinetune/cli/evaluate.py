@@ -1,14 +1,23 @@
 """`phinetune evaluate`"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from phinetune.errors import DataError
-from phinetune.recipe import DataConfig, EvaluationConfig, ModelKwargs, Recipe, load_recipe
+from pydantic import ValidationError
+
+from phinetune.errors import DataError, RecipeError
+from phinetune.recipe import ANSWER_METRICS, DataConfig, EvaluationConfig, ModelKwargs, Recipe, load_recipe
 
 
 def run_evaluate(
-    run: Path, data: str | None, max_new_tokens: int, answers: bool, allow_mismatch: bool, as_json: bool
+    run: Path,
+    data: str | None,
+    max_new_tokens: int,
+    answers: bool,
+    metrics: Sequence[str],
+    allow_mismatch: bool,
+    as_json: bool,
 ) -> None:
     from phinetune.adapter import load_tuned, run_folders
     from phinetune.cli.quiet import quiet_libraries
@@ -17,6 +26,7 @@ def run_evaluate(
 
     quiet_libraries()
     recipe = recipe_of(run)
+    evaluation = _evaluation(recipe, metrics if answers else None, max_new_tokens)
     model, tokenizer = load_tuned(
         run, recipe.model_kwargs if recipe else ModelKwargs(), allow_template_mismatch=allow_mismatch
     )
@@ -42,7 +52,7 @@ def run_evaluate(
         Renderer.of(tokenizer, recipe.data if recipe else None),
         examples,
         rows,
-        EvaluationConfig(metrics=["exact_match"] if answers else [], max_new_tokens=max_new_tokens),
+        evaluation,
         recipe.data.max_batch_tokens if recipe else 1024,
         config.per_device_eval_batch_size if config else 32,
     )
@@ -51,7 +61,27 @@ def run_evaluate(
         return
     print(f"{'':14}{'base':>9}{'tuned':>9}   on {comparison.eval_rows} rows")
     for name in comparison.tuned:
-        print(f"{name:14}{comparison.base[name]:9.4f}{comparison.tuned[name]:9.4f}")
+        line = f"{name:14}{comparison.base[name]:9.4f}{comparison.tuned[name]:9.4f}"
+        if found := comparison.metrics.get(name):
+            line += f"   tuned {_between(found.tuned_interval)}, tuned - base {_between(found.difference_interval)}"
+        print(line)
+    if comparison.metrics:
+        print("(in brackets: 95 % confidence, by resampling the rows)")
+
+
+def _between(interval: tuple[float, float]) -> str:
+    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def _evaluation(recipe: Recipe | None, metrics: Sequence[str] | None, max_new_tokens: int) -> EvaluationConfig:
+    """What is measured: as asked, or as the run's recipe has it, but for functions, which are a stranger's there."""
+    if metrics is None:
+        return EvaluationConfig(max_new_tokens=max_new_tokens)
+    own = [name for name in recipe.evaluation.metrics if name in ANSWER_METRICS] if recipe else []
+    try:
+        return EvaluationConfig(metrics=list(metrics or own or ["exact_match"]), max_new_tokens=max_new_tokens)
+    except ValidationError as error:
+        raise RecipeError("--metric", str(error.errors()[0]["msg"]), "see `phinetune evaluate --help`") from None
 
 
 def _paths(recipe: Recipe) -> list[str]:

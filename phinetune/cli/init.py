@@ -44,7 +44,7 @@ peft_config:                      # names of LoraConfig
   target_modules: all-linear
 
 evaluation:
-  metrics: []                     # [exact_match] compares greedy answers with the held-out ones
+  metrics: []                     # [exact_match, rougeL, bleu, json_valid]: greedy answers beside the held-out ones
 """
 
 

@@ -1,6 +1,7 @@
-"""How good a model is: held-out loss, answers against expected ones, base against tuned."""
+"""How good a model is: held-out loss, and answers compared with what should have come."""
 
-from phinetune.evaluate.compare import Answer, Comparison, compare, exact_match
+from phinetune.evaluate.compare import Answer, Comparison, compare
 from phinetune.evaluate.loss import evaluate_loss
+from phinetune.evaluate.metrics import Measured, bootstrap, measure
 
-__all__ = ["Answer", "Comparison", "compare", "evaluate_loss", "exact_match"]
+__all__ = ["Answer", "Comparison", "Measured", "bootstrap", "compare", "evaluate_loss", "measure"]

@@ -8,6 +8,7 @@ from typing import Any
 from phinetune import lora
 from phinetune.data import Example, Renderer, Row
 from phinetune.evaluate.loss import evaluate_loss
+from phinetune.evaluate.metrics import Measured, measure
 from phinetune.generate import answers
 from phinetune.recipe import EvaluationConfig
 
@@ -24,15 +25,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`base` and `tuned` hold `eval_loss`, `perplexity` and the metrics asked for."""
+    """`base` and `tuned` hold `eval_loss`, `perplexity` and the metrics asked for; `metrics` these with intervals."""
 
     base: dict[str, float]
     tuned: dict[str, float]
     eval_rows: int
     answers: list[Answer]
+    metrics: dict[str, Measured]
 
     def summary(self) -> dict[str, Any]:
-        return {"base": self.base, "tuned": self.tuned, "eval_rows": self.eval_rows}
+        intervals = {
+            name: {"base": m.base_interval, "tuned": m.tuned_interval, "difference": m.difference_interval}
+            for name, m in self.metrics.items()
+        }
+        found = {"base": self.base, "tuned": self.tuned, "eval_rows": self.eval_rows}
+        return {**found, **({"confidence_95": intervals} if intervals else {})}
 
 
 def compare(
@@ -69,12 +76,9 @@ def compare(
             if asked:
                 with lora.fused(model) if fold and who == "tuned" else nullcontext():
                     said[who] = answers(model, tokenizer, prompts, config.max_new_tokens, batch_size, tell)
-                measured[who]["exact_match"] = exact_match(said[who], expected)
     model.train(was_training)
+    metrics = {name: measure(name, said["base"], said["tuned"], expected) for name in config.metrics if asked}
+    for name, found in metrics.items():
+        measured["base"][name], measured["tuned"][name] = found.base, found.tuned
     quadruples = zip([turn.question for turn in asked], expected, said["base"], said["tuned"], strict=True)
-    return Comparison(measured["base"], measured["tuned"], len(rows), [Answer(*t) for t in quadruples])
-
-
-def exact_match(said: Sequence[str], expected: Sequence[str]) -> float:
-    """The share of answers that equal what was expected, white space at the ends aside."""
-    return sum(a.strip() == b.strip() for a, b in zip(said, expected, strict=True)) / len(expected)
+    return Comparison(measured["base"], measured["tuned"], len(rows), [Answer(*t) for t in quadruples], metrics)

@@ -2,6 +2,7 @@
 
 from phinetune.recipe.load import dump_recipe, load_recipe, make_recipe
 from phinetune.recipe.schema import (
+    ANSWER_METRICS,
     DataConfig,
     DataSource,
     EvaluationConfig,
@@ -12,6 +13,7 @@ from phinetune.recipe.schema import (
 )
 
 __all__ = [
+    "ANSWER_METRICS",
     "DataConfig",
     "DataSource",
     "EvaluationConfig",

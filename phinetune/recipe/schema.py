@@ -32,6 +32,9 @@ class Section(BaseModel):
     )
 
 
+ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "json_valid", "json_fields")
+
+
 def _known_dtype(value: str) -> str:
     name = value.removeprefix("torch.")
     name = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16", "float": "float32", "half": "float16"}.get(
@@ -58,6 +61,12 @@ def _no_code_from_hub(value: str) -> str:
 def _known_metric(value: str) -> str:
     if value.removeprefix("eval_") not in ("loss", "perplexity"):
         raise ValueError("must be eval_loss or perplexity")
+    return value
+
+
+def _known_answer_metric(value: str) -> str:
+    if value not in ANSWER_METRICS and not value.partition(":")[0].endswith(".py"):
+        raise ValueError(f"must be one of {', '.join(ANSWER_METRICS)}, or FILE.py:NAME")
     return value
 
 
@@ -294,8 +303,9 @@ class PeftConfig(Section):
 class EvaluationConfig(Section):
     """What is measured on the held-out rows, beside their loss."""
 
-    metrics: list[Literal["exact_match"]] = Field(default_factory=list)
-    """Of greedy answers, by base and tuned model."""
+    metrics: list[Annotated[str, AfterValidator(_known_answer_metric)]] = Field(default_factory=list)
+    """Of greedy answers, by base and tuned model: exact_match, rouge1, rouge2, rougeL, rougeLsum, bleu, chrf,
+    json_valid, json_fields, or FILE.py:NAME, a function of yours."""
     max_new_tokens: PositiveInt = 256
     """Tokens an answer may have."""
 

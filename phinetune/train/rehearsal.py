@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from phinetune.data import Example, Prepared, Renderer
-from phinetune.evaluate import evaluate_loss
+from phinetune.evaluate import evaluate_loss, measure
 from phinetune.generate import answers
 from phinetune.lora import fused, lora_layers
 from phinetune.train.checkpoint import load_checkpoint, save_checkpoint
@@ -68,12 +68,14 @@ def longest_rows(examples: Any, tokens: int) -> Sequence[Example]:
 def _answer(loop: Loop, tokenizer: Any, data: Prepared) -> None:
     renderer = Renderer.of(tokenizer, loop.recipe.data)
     turns = [turn for row in data.eval_rows[:PROMPTS_LOOKED_AT] if (turn := renderer.last_answer(row))]
-    prompts = sorted((turn.prompt_ids for turn in turns), key=len, reverse=True)
+    turns = sorted(turns, key=lambda turn: len(turn.prompt_ids), reverse=True)
     size = loop.recipe.training_config.per_device_eval_batch_size
     loop.model.eval()
     with fused(loop.model) if has_room_to_fold(loop.model) else nullcontext():
-        answers(loop.model, tokenizer, prompts[:size], NEW_TOKENS, size)
+        said = answers(loop.model, tokenizer, [turn.prompt_ids for turn in turns[:size]], NEW_TOKENS, size)
     loop.model.train()
+    for metric in loop.recipe.evaluation.metrics if said else ():
+        measure(metric, said, said, [turn.expected for turn in turns[:size]])
 
 
 def _write_and_read(loop: Loop) -> None:

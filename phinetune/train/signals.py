@@ -8,16 +8,14 @@
 A second signal ends the process as if nobody listened; what is half written then is removed by the next run.
 """
 
-import logging
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from phinetune.errors import Stopped
-
-log = logging.getLogger(__name__)
 
 LISTENED_TO = (signal.SIGINT, signal.SIGTERM)
 
@@ -55,7 +53,11 @@ class Signals:
         self.caught = number
         for listened in LISTENED_TO:  # the next one isn't Python's to delay
             signal.signal(listened, signal.SIG_DFL)
-        log.info(f"{signal.Signals(number).name}: stopping; a second signal stops at once, without a checkpoint")
+        with suppress(
+            RuntimeError
+        ):  # the signal came in the middle of such a write; a logger could be imported just now
+            name = signal.Signals(number).name
+            print(f"{name}: stopping; a second signal stops at once, without a checkpoint", file=sys.stderr)
         if not self._deferred:
             raise Interrupted(number)
 

@@ -1,0 +1,155 @@
+"""Metrics of answers against rouge_score and sacrebleu themselves, by hand, and against a bootstrap in plain Python."""
+
+import json
+import math
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+from phinetune.errors import RecipeError, RunError
+from phinetune.evaluate import bootstrap, measure
+from phinetune.evaluate.metrics import _score
+from phinetune.recipe import ANSWER_METRICS, make_recipe
+
+SAID = [
+    "The cats were sitting on mats.\nThey slept.",
+    "A large iced mocha, to go.",
+    "",
+    "Paris is the capital of France.",
+    "twelve",
+]
+TUNED = ["The cat sat on the mat.\nIt slept.", "One large iced mocha to go", "nothing", "Paris", "12"]
+EXPECTED = ["The cat sat on the mat.\nIt slept.", "one large iced mocha to go", "nothing at all", "Paris", "12"]
+
+
+@pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
+def test_rouge_is_rouge_scores_own(metric):
+    from rouge_score import rouge_scorer, scoring
+
+    scorer, aggregator = rouge_scorer.RougeScorer([metric], use_stemmer=True), scoring.BootstrapAggregator()
+    for answer, should in zip(SAID, EXPECTED, strict=True):
+        aggregator.add_scores(scorer.score(should, answer))
+    own = statistics.mean(scorer.score(e, s)[metric].fmeasure for s, e in zip(SAID, EXPECTED, strict=True))
+    found = measure(metric, SAID, TUNED, EXPECTED)
+    assert found.base == pytest.approx(own, abs=1e-12)
+    resampled = aggregator.aggregate()[metric]
+    assert found.base_interval == pytest.approx((resampled.low.fmeasure, resampled.high.fmeasure), abs=0.08)
+    assert found.tuned > found.base
+
+
+@pytest.mark.parametrize(("metric", "name"), [("bleu", "BLEU"), ("chrf", "CHRF")])
+def test_corpus_metrics_are_sacrebleus_own(metric, name):
+    import sacrebleu
+
+    found = measure(metric, SAID, TUNED, EXPECTED)
+    for value, said in ((found.base, SAID), (found.tuned, TUNED)):
+        assert value == getattr(sacrebleu, name)().corpus_score(said, [EXPECTED]).score
+    rng, resampled = random.Random(2), []
+    for _ in range(400):
+        rows = rng.choices(range(len(SAID)), k=len(SAID))
+        texts = [[of[row] for row in rows] for of in (SAID, TUNED, EXPECTED)]
+        of_base, of_tuned = (getattr(sacrebleu, name)().corpus_score(said, [texts[2]]).score for said in texts[:2])
+        resampled.append((of_base, of_tuned, of_tuned - of_base))
+    intervals = [found.base_interval, found.tuned_interval, found.difference_interval]
+    for interval, plain in zip(intervals, np.quantile(resampled, [0.025, 0.975], axis=0).T, strict=True):
+        assert interval == pytest.approx(tuple(plain), abs=6)  # of 100, from five rows
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "expected", "score"),
+    [
+        ("exact_match", " yes\n", "yes", 1),
+        ("exact_match", "Yes", "yes", 0),
+        ("json_valid", '{"a": 1}', "", 1),
+        ("json_valid", "{'a': 1}", "", 0),
+        ("json_valid", "[" * 100_000, "", 0),
+        ("json_fields", '{"a": 1, "b": 3}', '{"a": 1, "b": 2}', 1 / 2),
+        ("json_fields", '{"b": 2, "a": 1, "c": 9}', '{"a": 1, "b": 2}', 1),
+        ("json_fields", "none", '{"a": 1, "b": 2}', 0),
+        ("json_fields", "[1, 2]", '{"a": 1}', 0),
+        ("json_fields", "[1, 2]", "[1, 2]", 1),
+        ("json_fields", "broken", "broken too", 0),
+    ],
+)
+def test_scores_by_hand(metric, answer, expected, score):
+    assert _score(metric)(answer, expected) == score
+
+
+def test_every_name_of_the_recipe_is_measured():
+    for metric in ANSWER_METRICS:
+        assert math.isfinite(measure(metric, SAID, TUNED, EXPECTED).tuned)
+
+
+def test_intervals_are_those_of_a_plain_bootstrap_and_of_the_binomial():
+    rng = random.Random(1)
+    scores = [float(rng.random() < 0.3) for _ in range(400)]
+    low, high = bootstrap(np.array(scores))
+    means = sorted(statistics.fmean(rng.choices(scores, k=400)) for _ in range(4000))
+    assert (low, high) == pytest.approx((means[100], means[3899]), abs=0.006)
+    share = statistics.fmean(scores)
+    half = 1.96 * math.sqrt(share * (1 - share) / 400)
+    assert (low, high) == pytest.approx((share - half, share + half), abs=0.006)
+    assert bootstrap(np.array(scores)) == (low, high), "of one seed"
+
+
+def test_the_difference_is_of_the_same_rows():
+    """Two models that differ by 0.1 on each row differ by 0.1 on any resample, however unlike the rows are."""
+    scores = np.arange(60) % 7 / 7
+    low, high = bootstrap((scores + 0.1) - scores)
+    assert (low, high) == pytest.approx((0.1, 0.1))
+
+
+def test_a_function_of_the_users(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def length(answer, expected):\n    return len(answer) / len(expected)\n")
+    found = measure(f"{file}:length", ["ab"], ["abcd"], ["abcd"])
+    assert (found.base, found.tuned) == (0.5, 1.0)
+    file.write_text("def length(answer, expected):\n    return 1 / 0\n")
+    with pytest.raises(RunError, match=r"mine\.py:length: fails on 'ab' \(division by zero\)"):
+        measure(f"{file}:length", ["ab"], ["ab"], ["ab"])
+    file.write_text("def length(answer, expected):\n    return float('nan')\n")
+    with pytest.raises(RunError, match="gives nan"):
+        measure(f"{file}:length", ["ab"], ["ab"], ["ab"])
+    with pytest.raises(RecipeError, match="can't be loaded"):
+        measure(f"{file}:width", ["ab"], ["ab"], ["ab"])
+    with pytest.raises(RecipeError, match="is no Python file"):
+        measure(f"{tmp_path}/none.py:length", ["ab"], ["ab"], ["ab"])
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(RecipeError, match=r"must be one of exact_match, .* or FILE\.py:NAME"):
+        make_recipe({"model": "x", "data": {"train": "x"}, "evaluation": {"metrics": ["meteor"]}})
+
+
+def test_a_strangers_recipe_names_no_function(tmp_path):
+    """`phinetune evaluate RUN` reads the run's recipe, which may be anybody's."""
+    from phinetune.cli.evaluate import _evaluation
+
+    recipe, _ = make_recipe(
+        {"model": "x", "data": {"train": "x"}, "evaluation": {"metrics": ["bleu", f"{tmp_path}/evil.py:run"]}}
+    )
+    assert _evaluation(recipe, [], 8).metrics == ["bleu"]
+    assert _evaluation(recipe, ["chrf", "mine.py:f"], 8).metrics == ["chrf", "mine.py:f"]
+    assert _evaluation(None, [], 8).metrics == ["exact_match"]
+    assert _evaluation(recipe, None, 8).metrics == []
+    with pytest.raises(RecipeError, match="--metric"):
+        _evaluation(recipe, ["meteor"], 8)
+
+
+def test_a_run_measures_what_is_asked(tmp_path, tiny_llama_folder, chats):
+    import phinetune
+
+    result = phinetune.finetune(
+        model=str(tiny_llama_folder),
+        train=str(chats),
+        eval=0.1,
+        training_config={"output_dir": str(tmp_path / "run"), "max_steps": 1, "use_cpu": True, "disable_tqdm": True},
+        evaluation={"metrics": ["rouge1", "bleu"], "max_new_tokens": 4},
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tuned"].keys() == {"eval_loss", "perplexity", "rouge1", "bleu"}
+    assert summary["confidence_95"]["rouge1"].keys() == {"base", "tuned", "difference"}
+    low, high = summary["confidence_95"]["rouge1"]["tuned"]
+    assert low <= result.summary["tuned"]["rouge1"] <= high
