@@ -3,7 +3,7 @@
     make scoreboard                                  everything but `plan` (within the hour)
     python benchmarks/reliability kills --kills 30   a part, with other numbers
 
-    kills        SIGKILL at random instants of runs of SmolLM2-135M, and of their resumptions
+    kills        SIGKILL at random instants of runs, a third of them SmolLM2-135M's, and of their resumptions
     calls        SIGKILL before every system call of a save, and the order of durability (needs strace)
     disk         no space at every write of a save, and on a small disk (needs strace, and `unshare -rm` around it)
     corruption   every file of a checkpoint missing, empty, truncated, with a bit flipped
@@ -46,7 +46,7 @@ class Bench:
 
     def real(self) -> Subject:
         """The embedded model, SmolLM2-135M."""
-        return self.small() if self.asked.model == "small" else self._subject(self.asked.model or "smollm2")
+        return self._subject(self.asked.model or "smollm2")
 
     def small(self) -> Subject:
         """A two-layer Phi-3 of random weights, for what a model's size doesn't touch."""
@@ -63,7 +63,10 @@ class Bench:
 
 
 def kills(bench: Bench) -> dict[str, Any]:
-    return kill_trials.random_kills(bench.real(), bench.asked.kills, bench.asked.seed)
+    def of(subject: Subject, count: int) -> dict[str, Any]:
+        return kill_trials.random_kills(subject, count, bench.asked.seed)
+
+    return on_both(bench, of, bench.asked.kills)
 
 
 def calls(bench: Bench) -> dict[str, Any]:
@@ -82,7 +85,25 @@ def corruption(bench: Bench) -> dict[str, Any]:
 
 
 def signals(bench: Bench) -> dict[str, Any]:
-    return signal_trials.interrupt(bench.real(), bench.asked.signals, bench.asked.seed)
+    def of(subject: Subject, count: int) -> dict[str, Any]:
+        return signal_trials.interrupt(subject, count, bench.asked.seed)
+
+    return on_both(bench, of, bench.asked.signals)
+
+
+def on_both(bench: Bench, trials: Callable[[Subject, int], dict[str, Any]], count: int) -> dict[str, Any]:
+    """A third of the trials on the real model, whose steps are long, the rest on the small one."""
+    if bench.asked.model == "small":
+        return trials(bench.small(), count)
+    real, small = trials(bench.real(), count // 3), trials(bench.small(), count - count // 3)
+    return {name: together(name, real[name], small[name]) for name in real}
+
+
+def together(name: str, one: Any, other: Any) -> Any:
+    """Counts add up, by their kind too; of what is the most the larger is kept."""
+    if isinstance(one, dict):
+        return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}
+    return max(one, other) if "most" in name or "slowest" in name else one + other
 
 
 def hostile(bench: Bench) -> dict[str, Any]:
@@ -151,7 +172,7 @@ def run(sections: list[str], bench: Bench, merged_into: Path) -> None:
         found = SECTIONS[name](bench)
         found |= {f"{name}_seconds": round(time.monotonic() - begin), f"{name}_seed": bench.asked.seed}
         if name in ("kills", "signals"):
-            found[f"{name}_model"] = Path(bench.asked.model).name if bench.asked.model else "smollm2"
+            found[f"{name}_model"] = Path(bench.asked.model).name if bench.asked.model else "smollm2, small"
         print(json.dumps({name: found}), flush=True)
         found["versions"] = results.versions("phinetune", "torch", "transformers", "safetensors")
         results.merge(merged_into, found)

@@ -53,11 +53,14 @@ class Run:
 def start(train: Callable[[], object], said: Path, before: Callable[[], None] = lambda: None) -> Run:
     """`train` in a fork; `before` is called in it first."""
     said.touch()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the fork it must not unwind what is the parent's
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return Run(pid, said)
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.setpgid(0, 0)
         descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)

@@ -31,13 +31,17 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             heading += f" of {found['batch_tokens']:,} tokens"
             if found["recomputed_layers"]:
                 heading += f", {found['recomputed_layers']} layers recomputed"
-        yield f"  {heading:48} {size:8.2f} GB"
-    yield f"  {'peak':48} {found['peak_gb']:8.2f} GB"
+            if found["merges_for_answers"]:
+                heading += ", or weights merged for answers"
+        yield f"  {heading:64} {size:8.2f} GB"
+    yield f"  {'peak':64} {found['peak_gb']:8.2f} GB"
     if found["mapped_gb"]:
-        yield f"  {'beside it, weights read from their file':48} {found['mapped_gb']:8.2f} GB"
-    yield f"  {'free':48} {found['free_gb']:8.2f} GB"
+        yield f"  {'beside it, weights read from their file':64} {found['mapped_gb']:8.2f} GB"
+    yield f"  {'free':64} {found['free_gb']:8.2f} GB"
     yield ""
-    yield f"  {found['steps']:,} steps of {found['seconds_a_step']:.2f} s: {_duration(found['seconds'])}"
+    yield f"  {found['steps']:,} steps of {found['seconds_a_step']:.2g} s: {_duration(found['seconds'])}"
+    if not found["time_is_measured"]:
+        yield "  (by the device's data sheet, at 0.4 of its rate; a small model takes longer)"
     yield f"  checkpoints {found['disk_gb']:.2f} GB, of {found['disk_free_gb']:,.0f} GB free"
     yield ""
     yield "It fits." if found["fits"] else "It doesn't fit. What helps, the mildest first:"

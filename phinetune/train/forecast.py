@@ -101,6 +101,8 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     found = {
         "model": recipe.model,
         "device": device or pick_device(training.use_cpu).type,
+        "time_is_measured": rate is None,
+        "merges_for_answers": bool(recipe.evaluation.metrics),
         "measured_with_layers": [lines.few, lines.more],
         "layers": layers,
         "recomputed_layers": recomputed,
