@@ -71,6 +71,8 @@ def start(train: Callable[[], object], said: Path, before: Callable[[], None] = 
         code = 0
     except SystemExit as ended:
         code = 0 if ended.code is None else ended.code if isinstance(ended.code, int) else 1
+    except KeyboardInterrupt:  # before `train` listens
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
