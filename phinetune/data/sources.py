@@ -62,24 +62,21 @@ class DataFile:
         """
         if not self.compression:
             return self.path.open("rb")
-        raw, stream = self._decompressor()
-        with stream:
-            grown = len(stream.read(LOOKED_AT))
+        with self.path.open("rb") as raw, self._decompressed(raw) as beginning:
+            grown = len(beginning.read(LOOKED_AT))
             consumed = max(1, raw.tell())
         if grown == LOOKED_AT and grown > MOST_COMPRESSED * consumed:
             what = f"grows to {grown / consumed:,.0f} times its size, as no text does"
             raise DataError(self.name, what, "decompress it yourself if it is what it should be")
-        return self._decompressor()[1]  # type: ignore[no-any-return]
+        return self._decompressed(self.path)  # type: ignore[no-any-return]
 
-    def _decompressor(self) -> tuple[Any, Any]:
-        """(the file itself, what is in it)"""
-        if self.compression == ".zst":
-            import pyarrow
+    def _decompressed(self, file: Any) -> Any:
+        """What is in a compressed file, given by its path or open."""
+        if self.compression != ".zst":
+            return COMPRESSIONS[self.compression](file, "rb")
+        import pyarrow
 
-            raw = pyarrow.OSFile(str(self.path))
-            return raw, pyarrow.CompressedInputStream(raw, "zstd")
-        raw = self.path.open("rb")
-        return raw, COMPRESSIONS[self.compression](raw)
+        return pyarrow.CompressedInputStream(file, "zstd")
 
     def place(self, number: int) -> str:
         """What a row is called by: the line of a text file, the number of a row elsewhere, from 1."""
