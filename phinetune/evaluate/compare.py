@@ -35,7 +35,7 @@ class Comparison:
 
     def summary(self) -> dict[str, Any]:
         intervals = {
-            name: {"base": m.base_interval, "tuned": m.tuned_interval, "difference": m.difference_interval}
+            name: {"base": [*m.base_interval], "tuned": [*m.tuned_interval], "difference": [*m.difference_interval]}
             for name, m in self.metrics.items()
         }
         found = {"base": self.base, "tuned": self.tuned, "eval_rows": self.eval_rows}

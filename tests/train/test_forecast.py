@@ -46,6 +46,7 @@ def said(recipe):
     return json.loads(ran.stdout)
 
 
+@pytest.mark.slow
 def test_what_can_be_counted_by_hand(said):
     assert said["layers"] == 10
     assert said["steps"] == 10

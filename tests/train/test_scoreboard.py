@@ -42,8 +42,8 @@ def test_killed_signalled_and_damaged(tmp_path):
 
 
 def test_hostile_artefacts(tmp_path):
-    found, said = score(tmp_path, "hostile", every=8)
-    assert found["hostile"] > 20
+    found, said = score(tmp_path, "hostile", every=12)
+    assert found["hostile"] > 12
     assert (found["hostile_run"], found["hostile_not_refused"]) == (0, 0), said
 
 
