@@ -56,9 +56,8 @@ def moments(output):
     return torch.cat([t.flatten() for name, t in sorted(tensors.items()) if name.endswith(".exp_avg")]).double()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "megabytes"), [pytest.param("float32", 700, marks=pytest.mark.slow), ("bfloat16", 200)]
-)
+@pytest.mark.parametrize(("dtype", "megabytes"), [("float32", 700), ("bfloat16", 200)])
+@pytest.mark.slow
 def test_flat_batches_are_halved(tmp_path, dtype, megabytes):
     limited, free, as_small = tmp_path / "limited", tmp_path / "free", tmp_path / "as small"
     ran = run(limited, dtype, megabytes)

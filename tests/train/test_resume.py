@@ -100,6 +100,7 @@ def test_killed_in_mid_accumulation_and_resumed_gives_the_same_bytes(recipe, tmp
     assert losses(folder) == losses(whole)
 
 
+@pytest.mark.slow
 def test_verify_resume_proves_it_on_any_recipe(recipe):
     command = [sys.executable, "-m", "phinetune", "verify-resume", str(recipe), "--seed", "3", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -111,6 +112,7 @@ def test_verify_resume_proves_it_on_any_recipe(recipe):
     assert all(whole == cut and len(whole) == 64 for whole, cut in (found["batches"], *found["files"].values()))
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_bytes(recipe, tmp_path, whole):
     assert run(recipe, f"output_dir={tmp_path / 'same'}").returncode == 0
     assert digest(tmp_path / "same") == digest(whole)
@@ -118,6 +120,7 @@ def test_the_seed_decides_the_bytes(recipe, tmp_path, whole):
     assert digest(tmp_path / "other") != digest(whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(recipe, tmp_path, whole):
     folder = tmp_path / "run"
     assert run(recipe, kill_at=30).returncode == -signal.SIGKILL

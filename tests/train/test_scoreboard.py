@@ -18,7 +18,7 @@ TRL = ROOT / ".venv-trl"
 
 def score(tmp_path, *sections, within=(), every=30):
     results = tmp_path / "results.json"
-    few = ["--kills", "6", "--signals", "5", "--truncations", "3", "--flips", "6", "--every", str(every)]
+    few = ["--kills", "4", "--signals", "3", "--truncations", "3", "--flips", "6", "--every", str(every)]
     options = [*few, "--model", "small", "--results", str(results)]
     said = run([*within, sys.executable, str(RELIABILITY), *sections, *options])
     return json.loads(results.read_text()), said
@@ -34,9 +34,9 @@ def run(command):
 
 def test_killed_signalled_and_damaged(tmp_path):
     found, said = score(tmp_path, "kills", "signals", "corruption")
-    assert (found["kills"], found["kills_lost"]) == (6, 0), said
+    assert (found["kills"], found["kills_lost"]) == (4, 0), said
     assert found["kills_most_steps_lost"] <= 3, "no more than lie between two saves"
-    assert (found["signals"], found["signals_late"], found["signals_faults"]) == (5, 0, 0), said
+    assert (found["signals"], found["signals_late"], found["signals_faults"]) == (3, 0, 0), said
     assert found["corruptions"] == 7 * 11
     assert (found["corruptions_missed"], found["corruptions_resumed_wrong"]) == (0, 0), said
 
