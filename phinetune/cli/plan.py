@@ -40,8 +40,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  {'free':64} {found['free_gb']:8.2f} GB"
     yield ""
     yield f"  {found['steps']:,} steps of {found['seconds_a_step']:.2g} s: {_duration(found['seconds'])}"
-    if not found["time_is_measured"]:
-        yield "  (by the device's data sheet, at 0.4 of its rate; a small model takes longer)"
+    if found["share_of_gpu_rate"]:
+        yield f"  (by the device's data sheet, at {found['share_of_gpu_rate']} of its rate; a small model takes longer)"
     yield f"  checkpoints {found['disk_gb']:.2f} GB, of {found['disk_free_gb']:,.0f} GB free"
     yield ""
     yield "It fits." if found["fits"] else "It doesn't fit. What helps, the mildest first:"

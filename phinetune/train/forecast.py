@@ -88,10 +88,11 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     data = prepare(recipe.data, tokenizer, training.seed_of_rows)
     steps = Plan(data.train.lengths, training.seed_of_rows, training, recipe.data.max_length, data.weights)
     tokens = int(data.train.lengths[steps.rows_from(0)].sum())
-    layers = int(load_config(recipe.model, recipe.model_kwargs).num_hidden_layers)
+    config = load_config(recipe.model, recipe.model_kwargs)
+    layers = int(config.num_hidden_layers)
     limit = free if training.max_memory_gb is None else min(free, training.max_memory_gb * 1e9)
 
-    lines = _Lines(recipe, layers)
+    lines = _Lines(recipe, layers, int(config.hidden_size))
     recomputed = _recomputed(recipe, lines, limit, on_gpu=rate is not None)
     needs = lines.at(recomputed)
     if rate is not None:
@@ -101,7 +102,7 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     found = {
         "model": recipe.model,
         "device": device or pick_device(training.use_cpu).type,
-        "time_is_measured": rate is None,
+        "share_of_gpu_rate": SHARE_ON_A_GPU if rate is not None else None,
         "merges_for_answers": bool(recipe.evaluation.metrics),
         "measured_with_layers": [lines.few, lines.more],
         "layers": layers,
@@ -126,10 +127,9 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
 class _Lines:
     """What is measured, when it is first asked for: layers that keep what their gradients need, or are recomputed."""
 
-    def __init__(self, recipe: Recipe, layers: int) -> None:
+    def __init__(self, recipe: Recipe, layers: int, hidden: int) -> None:
         self.recipe, self.layers = recipe, layers
-        config = load_config(recipe.model, recipe.model_kwargs)
-        layer = 24 * int(config.hidden_size) ** 2  # bytes: some 12 squares of it in 16 bits
+        layer = 24 * hidden**2  # bytes: some 12 squares of it in 16 bits
         self.more = min(max(MEASURED_BYTES // layer, 3), MOST_MEASURED, layers)
         self.few = max(self.more // 4, 1)
         self._measured: dict[bool, tuple[Needs, Needs]] = {}
