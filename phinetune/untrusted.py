@@ -103,13 +103,13 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
         yield
         return
     with _address_space(memory):
-        before = signal.signal(signal.SIGVTALRM, _time_is_up)
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
+        before = signal.signal(signal.SIGPROF, _time_is_up)
+        signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
 
 
 def _time_is_up(number: int, frame: object) -> None:

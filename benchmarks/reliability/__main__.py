@@ -17,7 +17,6 @@ A section's keys are merged into benchmarks/results/reliability.json, and the ta
 import argparse
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -142,11 +141,11 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     subject.preload()
-    with tempfile.TemporaryDirectory(prefix="phinetune-scoreboard-") as folder:
+    with forked.temporary_folder("phinetune-scoreboard-") as folder:
         if asked.sections:
-            run(asked.sections, Bench(Path(folder), asked), asked.results)
+            run(asked.sections, Bench(folder, asked), asked.results)
         else:
-            in_lanes(Path(folder), asked)
+            in_lanes(folder, asked)
 
 
 def in_lanes(folder: Path, asked: argparse.Namespace) -> None:
@@ -161,8 +160,9 @@ def in_lanes(folder: Path, asked: argparse.Namespace) -> None:
             run(sections, Bench(folder / f"lane-{number}", asked), results_of_lane)
             os._exit(0)
         lanes.append((pid, results_of_lane))
-    for pid, results_of_lane in lanes:
-        assert os.waitpid(pid, 0)[1] == 0, "a section has failed; it says above why"
+    ended = [os.waitpid(pid, 0)[1] for pid, _ in lanes]
+    assert not any(ended), "a section has failed; it says above why"
+    for _, results_of_lane in lanes:
         results.merge(asked.results, json.loads(results_of_lane.read_text(encoding="utf-8")))
 
 

@@ -4,11 +4,14 @@ This process imports and never computes, so a fork of it is like a process that 
 """
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -76,9 +79,21 @@ def start(train: Callable[[], object], said: Path, before: Callable[[], None] = 
     except BaseException:
         traceback.print_exc()
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second one must not get past the exit
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder that goes with the process that made it: a fork that an exception unwinds leaves it to its parent."""
+    folder, owner = Path(tempfile.mkdtemp(prefix=prefix)), os.getpid()
+    try:
+        yield folder
+    finally:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def module(name: str) -> ModuleType:

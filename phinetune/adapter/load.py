@@ -32,7 +32,7 @@ from phinetune.lora.switch import replace_module, switch_off
 from phinetune.lora.targets import FusedParts, is_transposed, lora_class, whole_modules
 from phinetune.untrusted import bounded
 
-PATTERN_SECONDS, PATTERN_BYTES = 0.3, 1 << 28  # for the patterns of an adapter's configuration
+PATTERN_SECONDS, PATTERN_BYTES = 0.1, 1 << 28  # for the patterns of an adapter's configuration
 
 
 def load_adapter(
@@ -56,7 +56,16 @@ def load_adapter(
         faults += _misplaced(model, others, config)
         with bounded(PATTERN_SECONDS, PATTERN_BYTES):
             settings = {n: _settings(n, modules[n], layers[n], config, fused or {}) for n in layers if n in fitting}
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError, re.error, TimeoutError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        ZeroDivisionError,
+        OverflowError,
+        MemoryError,
+        re.error,
+        TimeoutError,
+    ) as error:
         what = f"{CONFIG_FILE} can't be used ({error})"
         raise AdapterError(str(folder), what, "save the adapter again") from None
     before, there = lora.active_adapters(model), lora.adapter_names(model)

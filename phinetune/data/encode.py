@@ -56,8 +56,11 @@ class Encoder:
         self.json = tokenizer
         self.tokenizer = Tokenizer.from_str(tokenizer)
         self.added = {token.content: (id, token) for id, token in self.tokenizer.get_added_tokens_decoder().items()}
+        tree = json.loads(tokenizer)  # parsed once (0.05 s and more), and not kept, for it is large
+        self._unk = self._id_of(tree["model"].get("unk_token"))
+        self._missing_bytes = self._bytes_without_token(tree["pre_tokenizer"])
         self._words = _Words(self) if words else None
-        if self._words is not None and not self._words.agree():
+        if self._words is not None and not self._words.agree(tree):
             self._words = None
 
     @classmethod
@@ -91,17 +94,13 @@ class Encoder:
         """Whether the tokenizer has no token for some character of a text, and leaves it out or writes `unk`."""
         return self._unk in ids or len(text.encode().translate(None, self._missing_bytes)) < len(text.encode())
 
-    @cached_property
-    def _unk(self) -> int:
-        unk = json.loads(self.json)["model"].get("unk_token")
+    def _id_of(self, unk: Any) -> int:
         id = self.tokenizer.token_to_id(unk) if isinstance(unk, str) else None
         return -1 if id is None else id
 
-    @cached_property
-    def _missing_bytes(self) -> bytes:
+    def _bytes_without_token(self, pre_tokenizer: Any) -> bytes:
         """Bytes that a byte-level vocabulary lacks; none in others."""
-        parts = _flat(json.loads(self.json)["pre_tokenizer"], "pretokenizers")
-        if not any(part["type"] == "ByteLevel" for part in parts):
+        if not any(part["type"] == "ByteLevel" for part in _flat(pre_tokenizer, "pretokenizers")):
             return b""
         letters = ByteLevel.alphabet()
         held = [letter for letter in letters if self.tokenizer.token_to_id(letter) is None]
@@ -212,9 +211,8 @@ class _Words:
         # Behind it a piece is encoded as in the middle of a text.
         self.anchor = next((c for c, (_, t) in tokens.items() if not t.rstrip and not t.lstrip), "")
 
-    def agree(self) -> bool:
-        """Whether words are all there is to this tokenizer: its parts are known ones, and a trial holds."""
-        tree = json.loads(self.encoder.json)
+    def agree(self, tree: dict[str, Any]) -> bool:
+        """Whether words are all there is to this tokenizer (`tree`): its parts are known ones, and a trial holds."""
         model = tree["model"]
         if model.get("type") != "BPE" or model.get("dropout") or not self.anchor:
             return False

@@ -16,7 +16,7 @@ from phinetune.untrusted import bounded
 
 # A rendering takes some 0.2 ms and no more memory than its text, some times over.
 RENDERING_SECONDS, SECONDS_A_CHARACTER = 0.3, 1e-7
-RENDERING_BYTES = 1 << 30
+RENDERING_BYTES = 1 << 28
 LONGEST_ADDED, LONGEST_RATIO = 1 << 20, 16  # characters that a template may add, and make of each of a message's
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -148,14 +148,24 @@ def find_fault(checkpoint: Path) -> str | None:
             check_file(checkpoint / name, checkpoint)
             if sha256_of(checkpoint / name) != digests[name]:
                 return f"{name} has changed"
-        missing = {CONFIG_FILE, TENSOR_FILE, PARAMETERS, OPTIMIZER, STATE} - digests.keys()
-        return f"its manifest lacks {', '.join(sorted(missing))}" if missing else None
+        if missing := {CONFIG_FILE, TENSOR_FILE, PARAMETERS, OPTIMIZER, STATE} - digests.keys():
+            return f"its manifest lacks {', '.join(sorted(missing))}"
+        return next(filter(None, map(_tensor_fault, (checkpoint / name for name in (PARAMETERS, OPTIMIZER)))), None)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except Untrusted as error:
         return str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} can't be read ({error})"
+
+
+def _tensor_fault(path: Path) -> str | None:
+    """A manifest that speaks for a file doesn't make it what its name says."""
+    try:
+        with safe_open(path, "pt"):
+            return None
+    except SafetensorError as error:
+        return f"{path.name} can't be read ({error})"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ from phinetune.train.checkpoint import (
 )
 from phinetune.train.estimate import expected_gb, expected_seconds, has_kernels, has_room_to_fold
 from phinetune.train.log import ProgressBar, check_loggers, run_log
-from phinetune.train.loop import Loop
+from phinetune.train.loop import Loop, progress_of
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import learning_rates, make_optimizer
 from phinetune.train.rehearsal import rehearse
@@ -130,6 +130,8 @@ def train(
     with listening() as signals, MemoryPeak() as memory:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         checkpoint = _checkpoint_to_resume(folder, resume)
+        if checkpoint is not None:
+            progress_of(checkpoint, config)
         recipe = _with_today(recipe, tokenizer, checkpoint)
         data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
         check_loggers(config)
@@ -140,10 +142,10 @@ def train(
         with _output(folder, loop.recipe, data, tokenizer, fresh=not resume):
             for word in words:
                 log.warning(word)
-            if rehearsal:
-                rehearse(loop, tokenizer, data)
             if checkpoint is not None:
                 loop.resume(checkpoint)
+            if rehearsal:
+                rehearse(loop, tokenizer, data, checkpoint)
             _announce(loop, data, threads)
             loop.run()
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from phinetune.evaluate import evaluate_loss
 from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.model import flat_batches, loss_sum
 from phinetune.model.memory import Batch
-from phinetune.recipe import Recipe
+from phinetune.recipe import Recipe, TrainingConfig
 from phinetune.train.best import Best
 from phinetune.train.checkpoint import Base, checkpoint_of, load_checkpoint, read_state, save_checkpoint
 from phinetune.train.log import MetricsWriter, ProgressBar
@@ -106,6 +106,29 @@ class Counters:
     since_grad_norms: list[float] = field(default_factory=list)
 
 
+class Progress(NamedTuple):
+    """How far a run is, by one of its checkpoints."""
+
+    step: int
+    counters: Counters
+    best: Best
+    max_batch_tokens: int
+
+
+def progress_of(checkpoint: Path, config: TrainingConfig) -> Progress:
+    """
+    Raises:
+        CheckpointError: if the checkpoint isn't whole, or says nothing that a run could go on with.
+    """
+    state = read_state(checkpoint)
+    try:
+        counters, best = Counters(**state["counters"]), Best.of(config, **state["best"])
+        return Progress(int(state["step"]), counters, best, int(state["max_batch_tokens"]))
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"its state.json can't be used ({type(error).__name__}: {error})"
+        raise CheckpointError(str(checkpoint), what, "give another checkpoint") from None
+
+
 @dataclass
 class Loop:
     """A run: what it trains on, what it trains, and how far it is."""
@@ -144,15 +167,9 @@ class Loop:
 
     def resume(self, checkpoint: Path) -> None:
         """Puts adapter, optimiser and counters back as they were behind the checkpoint's step."""
-        state = read_state(checkpoint)
+        self.step, self.counters, self.best, max_batch_tokens = progress_of(checkpoint, self.recipe.training_config)
+        self.max_batch_tokens = min(self.max_batch_tokens, max_batch_tokens)
         load_checkpoint(checkpoint, self.model, self.optimizer)
-        try:
-            self.step, self.counters = int(state["step"]), Counters(**state["counters"])
-            self.best = Best.of(self.recipe.training_config, **state["best"])
-            self.max_batch_tokens = min(self.max_batch_tokens, int(state["max_batch_tokens"]))
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"its state.json can't be used ({type(error).__name__}: {error})"
-            raise CheckpointError(str(checkpoint), what, "give another checkpoint") from None
         log.info(f"resuming behind step {self.step} from {checkpoint}")
 
     def run(self) -> None:

@@ -5,8 +5,7 @@
     checkpoint    written, read back, removed
     merge         one layer
 
-Nothing stays of it: what trains keeps its bits, AdamW's moments are forgotten, and a resumed run reads its checkpoint
-behind it.
+Nothing stays of it: what trains keeps its bits, and AdamW's moments are forgotten, or a resumed run's read again.
 """
 
 import logging
@@ -14,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,11 @@ PROMPTS_LOOKED_AT = 1000
 FOLDER = ".tmp-checkpoint-rehearsal"  # called so that the next run removes what a killed one leaves
 
 
-def rehearse(loop: Loop, tokenizer: Any, data: Prepared) -> None:
+def rehearse(loop: Loop, tokenizer: Any, data: Prepared, checkpoint: Path | None = None) -> None:
     """
+    Args:
+        checkpoint: which `loop` has resumed.
+
     Raises:
         RunError: as the run itself would: a row that doesn't fit into memory, a loss that isn't finite, a full disk.
     """
@@ -51,6 +54,8 @@ def rehearse(loop: Loop, tokenizer: Any, data: Prepared) -> None:
     _write_and_read(loop)
     _merge(loop.model)
     loop.optimizer.state.clear()
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, loop.model, loop.optimizer)
     tokens = sum(len(row.ids) for row in rows)
     log.info(
         f"rehearsal: {', '.join([*done, 'checkpoint', 'merge'])} with the longest rows ({tokens:,} tokens in "
