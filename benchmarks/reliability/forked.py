@@ -68,7 +68,7 @@ def start(train: Callable[[], object], said: Path, before: Callable[[], None] = 
         descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupted)
         before()
         train()
         code = 0
@@ -79,10 +79,15 @@ def start(train: Callable[[], object], said: Path, before: Callable[[], None] = 
     except BaseException:
         traceback.print_exc()
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a second one must not get past the exit
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """As Python does; but a second one while the first is on its way out ends a fork, and doesn't get past its exit."""
+    signal.signal(signal.SIGINT, lambda *given: os._exit(130))
+    raise KeyboardInterrupt
 
 
 @contextmanager

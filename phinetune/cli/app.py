@@ -1,5 +1,6 @@
 """The `phinetune` command. Heavy imports happen inside the verbs, so that `--help` answers at once."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +47,7 @@ def main() -> None:
         where = error.filename or "phinetune"
         print(f"error: {where}: {error.strerror or error}; make room or give another path", file=sys.stderr)
         code = 1
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one that comes now ends the process without a traceback
     sys.exit(code)
 
 

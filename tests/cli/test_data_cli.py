@@ -2,16 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, SHARED_DATA
-
-
-def phinetune(*arguments, stdin=None):
-    command = [sys.executable, "-m", "phinetune", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, input=stdin, timeout=300)
+from commands import phinetune
+from conftest import SHARED_DATA
 
 
 def write_mixed(folder):
@@ -77,14 +71,14 @@ def test_preview_shows_what_is_learnt(tmp_path):
     chats = json.dumps(
         {"messages": [{"role": "user", "content": "Hi <b>"}, {"role": "assistant", "content": "Hello 😀."}]}
     )
-    ran = phinetune("data", "preview", "-", stdin=chats + "\n" + "nonsense\n")
+    ran = phinetune("data", "preview", "-", input=chats + "\n" + "nonsense\n")
     assert ran.returncode == 0, ran.stderr
     assert "<|im_start|>assistant\n⟦Hello 😀.<|im_end|>⟧" in ran.stdout
     assert "stdin:2  left out: is not valid JSON" in ran.stdout
-    ids = phinetune("data", "preview", "-", "--ids", "--count", 1, stdin=chats).stdout
+    ids = phinetune("data", "preview", "-", "--ids", "--count", 1, input=chats).stdout
     assert re.search(r"^\+ +2  '<\|im_end\|>'$", ids, re.MULTILINE)
     page = tmp_path / "page.html"
-    ran = phinetune("data", "preview", "-", "--html", page, stdin=chats)
+    ran = phinetune("data", "preview", "-", "--html", page, input=chats)
     assert ran.returncode == 0, ran.stderr
     text = page.read_text()
     assert '<span class="l">Hello</span>' in text

@@ -10,23 +10,24 @@ import sys
 import time
 
 import pytest
+from commands import Forked, command_line, forked, phinetune
 
-# Runs the command line and kills the process itself at the N-th loss of the run, between two flat batches.
-KILL_AT = """
-import os, signal, sys
-import phinetune.train.loop as loop
-from phinetune.cli import main
-real, calls = loop.loss_sum, 0
-def loss_sum(model, batch):
-    global calls
-    calls += 1
-    if calls == int(os.environ["KILL_AT"]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(model, batch)
-loop.loss_sum = loss_sum
-sys.argv[0] = "phinetune"
-main()
-"""
+
+def killed_at_loss(number, *arguments):
+    """The command line, whose process kills itself at the N-th loss of the run, between two flat batches."""
+    import phinetune.train.loop as loop
+
+    real, calls = loop.loss_sum, 0
+
+    def loss_sum(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(model, batch)
+
+    loop.loss_sum = loss_sum
+    command_line(*arguments)
 
 
 @pytest.fixture
@@ -56,11 +57,10 @@ peft_config: {{r: 4, lora_alpha: 8, lora_dropout: 0.1}}
     return path
 
 
-def run(recipe, *arguments, kill_at=None, **options):
-    command = [sys.executable, "-c", KILL_AT] if kill_at else [sys.executable, "-m", "phinetune"]
-    environment = {**os.environ, "KILL_AT": str(kill_at)}
-    command += ["train", str(recipe), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+def run(recipe, *arguments, kill_at=None):
+    if kill_at is None:
+        return phinetune("train", recipe, *arguments)
+    return forked(killed_at_loss, kill_at, "phinetune", "train", recipe, *arguments)
 
 
 def digest(folder):
@@ -74,11 +74,21 @@ def losses(folder):
     ]
 
 
+@pytest.fixture(scope="module")
+def wholes():
+    return {}
+
+
 @pytest.fixture
-def whole(recipe, tmp_path):
-    finished = run(recipe, f"output_dir={tmp_path / 'whole'}")
-    assert finished.returncode == 0, finished.stderr
-    return tmp_path / "whole"
+def whole(request, recipe, wholes, tmp_path_factory):
+    """The run that nobody touched, made once a data type."""
+    dtype = request.node.callspec.params["recipe"] if hasattr(request.node, "callspec") else "float32"
+    if dtype not in wholes:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        finished = run(recipe, f"output_dir={folder}")
+        assert finished.returncode == 0, finished.stderr
+        wholes[dtype] = folder
+    return wholes[dtype]
 
 
 @pytest.mark.parametrize("recipe", ["float32", "bfloat16"], indirect=True)
@@ -147,19 +157,18 @@ def test_another_recipe_does_not_resume_it(recipe, tmp_path, whole):
     assert "Traceback" not in changed.stderr
 
 
-def test_sigterm_writes_a_checkpoint_and_says_so(recipe, tmp_path, whole):
-    command = [sys.executable, "-m", "phinetune", "train", str(recipe), "num_train_epochs=400", "logging_steps=1"]
-    command += ["save_strategy=no"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def test_sigterm_writes_a_checkpoint_and_says_so(recipe, tmp_path):
+    settings = ["num_train_epochs=400", "logging_steps=1", "save_strategy=no"]
+    process = Forked(command_line, "phinetune", "train", recipe, *settings)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.wait().stderr
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143
+    os.kill(process.pid, signal.SIGTERM)
+    ended = process.wait(60)
+    assert ended.returncode == 143
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert f"stopped by SIGTERM behind {checkpoint.name}; go on with --resume" in stderr
-    assert "Traceback" not in stderr
+    assert f"stopped by SIGTERM behind {checkpoint.name}; go on with --resume" in ended.stderr
+    assert "Traceback" not in ended.stderr
