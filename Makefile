@@ -61,7 +61,7 @@ bench-data: install .venv-trl/installed
 .venv-trl/installed: .venv/installed
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) \
-		torch transformers datasets peft trl==1.16.0 matplotlib==3.11.2
+		torch transformers datasets peft trl==1.16.0 matplotlib
 	touch $@
 
 # LitGPT wants other versions than are pinned, of all but torch; its command line doesn't start without requests.

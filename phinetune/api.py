@@ -51,7 +51,7 @@ def finetune(
         "peft_config": peft_config,
         **sections,
     }
-    recipe, words = make_recipe(given, where="finetune()")
+    recipe, words = make_recipe(given, where="finetune()", by="Python")
     return train_recipe(
         recipe,
         train_rows=train_rows,

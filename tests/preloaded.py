@@ -1,5 +1,7 @@
 """What most processes of the command line import, imported by the one that they are forked from (commands.py)."""
 
+import matplotlib.backends.backend_svg
+import matplotlib.figure  # noqa: F401
 import tokenizers  # noqa: F401
 import torch  # noqa: F401
 import transformers.models.auto.modeling_auto

@@ -211,6 +211,20 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Of several: the page to write; comparison.html by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page that is there.")] = False,
+) -> None:
+    """Write a run's report.html again, or one page that compares several."""
+    from phinetune.cli.report import run_report
+
+    run_report(runs, output, overwrite)
+
+
+@app.command()
 def doctor(
     training: Annotated[
         bool, typer.Option("--training/--no-training", help="Also train a little, for its speed.")

@@ -129,7 +129,7 @@ def _print(name: str, source: Any, recipe: Recipe) -> None:
 
 
 def _print_histogram(source: Any, max_length: int) -> None:
-    bins = source.histogram()
+    bins = source.ledger.histogram
     if not bins:
         return
     print(f"\n  tokens of an example (data.max_length={max_length:,}, the longest has {source.ledger.longest:,})")

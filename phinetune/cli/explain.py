@@ -6,13 +6,15 @@ from pathlib import Path
 
 import yaml
 
+from phinetune.recipe import load_recipe
 from phinetune.recipe.explain import explain
 
 WIDTHS = 32, 24, 34  # of names, values, origins
 
 
 def run_explain(recipe: Path, overrides: Sequence[str], changed: bool, as_json: bool) -> None:
-    settings, words = explain(recipe, overrides)
+    loaded, words = load_recipe(recipe, overrides)
+    settings = explain(loaded)
     if as_json:
         found = [setting._asdict() for setting in settings]
         print(json.dumps({"settings": found, "words": words}, default=lambda value: value.model_dump()))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from phinetune.data.findings import Finding
-from phinetune.data.ledger import Ledger
+from phinetune.data.ledger import Ledger, histogram
 from phinetune.data.prepare import task_of
 from phinetune.data.render import PARTS
 from phinetune.data.sources import describe, open_sources
@@ -20,7 +20,6 @@ from phinetune.errors import DataError
 from phinetune.recipe import DataConfig
 
 PLACES = 3  # shown of each finding and each reason
-BINS = 12
 TOKENISED_BYTES = 100 * 10**6
 
 
@@ -45,26 +44,12 @@ class Checked:
         before = (self.ledger.rejected - self.lost) / self.ledger.rows
         return before + (1 - before) * (self.lost / self.drawn if self.drawn else 0)
 
-    def histogram(self) -> list[tuple[int, int, int]]:
-        """(from, to, examples) of lengths in tokens; widths are the same but for the last."""
-        if not len(self.lengths):
-            return []
-        top = int(np.percentile(self.lengths, 99.5))
-        width = max(1, -(-(top + 1) // BINS))
-        counts = np.bincount(np.minimum(self.lengths // width, BINS - 1), minlength=BINS)
-        bins = [(i * width, (i + 1) * width - 1, int(count)) for i, count in enumerate(counts)]
-        while bins and not bins[-1][2]:
-            bins.pop()
-        begin, _, count = bins[-1]
-        return [*bins[:-1], (begin, int(self.lengths.max()), count)]
-
     def summary(self) -> dict[str, Any]:
         quantiles = np.percentile(self.lengths, [50, 90, 99]).round() if len(self.lengths) else [0, 0, 0]
         return {
             **self.ledger.summary(),
             "reasons": {reason: {"rows": count, "first": places} for reason, (count, places) in self.reasons.items()},
             "length": dict(zip(("p50", "p90", "p99"), map(int, quantiles), strict=True)),
-            "histogram": [{"from": a, "to": b, "examples": count} for a, b, count in self.histogram()],
             "tokenised": self.drawn,
             "share_lost": self.share_lost,
             "bytes": self.bytes,
@@ -153,7 +138,7 @@ def _check_source(
     checked.reasons = {kind: (count, places[kind]) for kind, count in reasons.most_common()}
     ledger.rejected = reasons.total()
     ledger.examples, ledger.tokens = len(checked.lengths), int(checked.lengths.sum())
-    ledger.longest = int(checked.lengths.max(initial=0))
+    ledger.longest, ledger.histogram = int(checked.lengths.max(initial=0)), histogram(checked.lengths)
     ledger.parts, ledger.formats = dict(zip(PARTS, parts.tolist(), strict=True)), dict(formats)
     ledger.findings = {finding: (count, found_at[finding]) for finding, count in found.items() if count}
     unique = np.unique(checked.hashes)

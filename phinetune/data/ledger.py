@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from phinetune.data.findings import Finding
 from phinetune.data.formats import Rejected
 from phinetune.data.render import PARTS
 from phinetune.errors import DataError
 
 SHOWN = 20
+BINS = 12
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Ledger:
     tokens: int = 0
     supervised: int = 0
     longest: int = 0
+    histogram: list[tuple[int, int, int]] = field(default_factory=list)  # of lengths in tokens: (from, to, examples)
     parts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     formats: dict[str, int] = field(default_factory=dict)
     findings: dict[Finding, tuple[int, list[str]]] = field(default_factory=dict)
@@ -62,11 +66,26 @@ class Ledger:
             "padded": 0,  # flat batches have no padding
             "tokens_by_part": self.parts,
             "formats": self.formats,
+            "histogram": [{"from": a, "to": b, "examples": count} for a, b, count in self.histogram],
             "findings": {
                 (finding.name or "").lower(): {"rows": count, "what": finding.words, "first": places}
                 for finding, (count, places) in self.findings.items()
             },
         }
+
+
+def histogram(lengths: Any) -> list[tuple[int, int, int]]:
+    """(from, to, examples) of lengths in tokens; widths are the same but for the last."""
+    if not len(lengths):
+        return []
+    top = int(np.percentile(lengths, 99.5))
+    width = max(1, -(-(top + 1) // BINS))
+    counts = np.bincount(np.minimum(lengths // width, BINS - 1), minlength=BINS)
+    bins = [(i * width, (i + 1) * width - 1, int(count)) for i, count in enumerate(counts)]
+    while bins and not bins[-1][2]:
+        bins.pop()
+    begin, _, count = bins[-1]
+    return [*bins[:-1], (begin, int(lengths.max()), count)]
 
 
 def write_ledgers(folder: Path, ledgers: Mapping[str, Ledger], rejected: Iterable[Rejected], fingerprint: str) -> None:

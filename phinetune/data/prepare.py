@@ -12,7 +12,7 @@ import numpy as np
 from phinetune.data.encode import tokenizer_json
 from phinetune.data.findings import Finding
 from phinetune.data.formats import Rejected
-from phinetune.data.ledger import SHOWN, Ledger
+from phinetune.data.ledger import SHOWN, Ledger, histogram
 from phinetune.data.render import PARTS
 from phinetune.data.sources import DataFile, describe, open_sources
 from phinetune.data.store import Examples, Rows, Store
@@ -190,6 +190,7 @@ class _Part:
             tokens=int(lengths.sum()),
             supervised=int(examples.supervised.sum()),
             longest=int(lengths.max(initial=0)),
+            histogram=histogram(lengths),
             parts=dict(zip(PARTS, parts.tolist(), strict=True)),
             formats=self.formats,
             findings=self._findings(),

@@ -27,10 +27,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     Raises:
         RecipeError: for a missing or malformed file, an unknown name, or a value out of range.
     """
-    given = read_recipe(path)
+    given, origins = read_recipe(path), {}
     for override in overrides:
-        apply_override(given, override)
-    return make_recipe(given, where=str(path))
+        old, new = apply_override(given, override)
+        origins[new] = _origin("command line", new, old)
+    return make_recipe(given, where=str(path), origins=origins)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -57,21 +58,32 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return given
 
 
-def make_recipe(given: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe, list[str]]:
-    """The same from a dictionary; `training_config` and `peft_config` may be real config objects."""
+def make_recipe(
+    given: Mapping[str, Any], where: str = "recipe", by: str = "recipe", origins: Mapping[str, str] | None = None
+) -> tuple[Recipe, list[str]]:
+    """The same from a dictionary; `training_config` and `peft_config` may be real config objects.
+
+    Args:
+        where: said in errors.
+        by: what the settings come from, where `origins` doesn't say otherwise.
+    """
     unknown = [str(key) for key in given if key not in Recipe.model_fields]
     if unknown:
         hints = [f"unknown section {key}{_hint_for_section(key)}" for key in unknown]
         raise RecipeError(where, " and ".join(hints), f"a recipe has {', '.join(Recipe.model_fields)}")
     tree: dict[str, Any] = {"model": given["model"]} if "model" in given else {}
     words: list[str] = []
+    origins = {**{key: by for key in ("model", *FREE_SECTIONS) if key in given}, **(origins or {})}
     for section in (*SECTIONS, *FREE_SECTIONS):
-        values = _as_dict(section, given.get(section), where, words)
+        values = _as_dict(section, given.get(section), where)
         if section in FREE_SECTIONS:
             tree[section] = values
             continue
         if section in given:
             tree.setdefault(section, {})
+        for name, value in values.items():
+            path = current_name(section, name, value)[0]
+            origins.setdefault(path, _origin(by, path, f"{section}.{name}"))
         settled, said = settle(section, values, where)
         words += said
         for path, value in settled.items():
@@ -80,9 +92,11 @@ def make_recipe(given: Mapping[str, Any], where: str = "recipe") -> tuple[Recipe
                 what = f"{path} is given twice, as {tree[owner][name]!r} and as {value!r} in {section}"
                 raise RecipeError(where, what, "keep one")
     try:
-        return Recipe.model_validate(tree), words
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(where, " and ".join(_say(fault) for fault in error.errors()), "correct it") from None
+    recipe.origins = origins
+    return recipe, words
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -139,7 +153,15 @@ def _forget(given: dict[str, Any], path: str) -> None:
                 del values[name]
 
 
-def _as_dict(section: str, value: Any, where: str, words: list[str]) -> dict[str, Any]:
+def _origin(by: str, new: str, old: str) -> str:
+    """An old name is said, with its section where that has changed too."""
+    if old == new:
+        return by
+    same = old.rpartition(".")[0] == new.rpartition(".")[0]
+    return f"{by}, as {old.rpartition('.')[2] if same else old}"
+
+
+def _as_dict(section: str, value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, Mapping):

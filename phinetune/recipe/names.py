@@ -81,7 +81,7 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
     "training_config": {
         **dict.fromkeys(
             ["push_to_hub", "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "hub_model_id"]
-            + ["hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "project"]
+            + ["hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision"]
             + ["trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"],
             _HUB,
         ),
@@ -136,7 +136,6 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
         "fp16": "float16 needs loss scaling: use model_kwargs.dtype=bfloat16",
         "resume_from_checkpoint": "resume with `phinetune train RECIPE --resume`",
         "use_cache": "set model_kwargs.use_cache",
-        "run_name": "a run is named by its output_dir",
         "model_init_kwargs": "set model_kwargs",
         "trust_remote_code": "never: native model classes only",
         "save_only_model": "a checkpoint always holds what a resume needs",

@@ -5,6 +5,8 @@ names in `peft_config` those of PEFT's LoraConfig.  Unknown names never get here
 into an error, a mapped name or a warning first.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,6 +18,7 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    PrivateAttr,
 )
 
 DATA_TYPES = ("auto", "bfloat16", "float32", "float16", "float64")
@@ -225,8 +228,14 @@ class TrainingConfig(Section):
     """What train.log and the screen hold; `passive` is info."""
     disable_tqdm: bool = False
     """No progress bar."""
-    report_to: Annotated[list[Literal["tensorboard"]], BeforeValidator(_loggers)] = Field(default_factory=list)
-    """Further loggers: tensorboard."""
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], BeforeValidator(_loggers)] = Field(
+        default_factory=list
+    )
+    """Further loggers: tensorboard, wandb, mlflow, trackio. WANDB_…, MLFLOW_… and TRACKIO_… say where they write."""
+    run_name: str | None = None
+    """What W&B, MLflow and trackio call the run; the output folder's name by default."""
+    project: str = "phinetune"
+    """The project or experiment that these put it in."""
     eval_strategy: Strategy = "no"
     """When the held-out loss is taken, beside once at the end."""
     eval_steps: Annotated[float, Field(gt=0)] | None = None
@@ -259,6 +268,10 @@ class TrainingConfig(Section):
     @property
     def seed_of_rows(self) -> int:
         return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def name(self) -> str:
+        return self.run_name or Path(self.output_dir).resolve().name
 
 
 class PeftConfig(Section):
@@ -322,3 +335,27 @@ class Recipe(Section):
     training_config: TrainingConfig = Field(default_factory=TrainingConfig)
     peft_config: PeftConfig = Field(default_factory=PeftConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Where settings that aren't defaults came from, by `section.name`: recipe, command line, derived from …"""
+        return self._origins
+
+    @origins.setter
+    def origins(self, origins: Mapping[str, str]) -> None:
+        self._origins = dict(origins)
+
+    def __eq__(self, other: object) -> bool:
+        """By the values, wherever they came from."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def derived(self, section: str, name: str, value: Any, source: str) -> "Recipe":
+        """The recipe with a setting that was left open decided by what a run has found."""
+        own = getattr(self, section).model_copy(update={name: value})
+        recipe = self.model_copy(update={section: own})
+        recipe.origins = {**self._origins, f"{section}.{name}": f"derived from {source}"}
+        return recipe

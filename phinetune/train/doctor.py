@@ -1,9 +1,6 @@
 """What machine this is, how phinetune will use it, and how much of its speed training reaches."""
 
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +11,11 @@ from phinetune.kernels.compiled import can_compile
 from phinetune.kernels.threads import settle_threads
 from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype
 from phinetune.recipe import DataConfig, ModelKwargs, PeftConfig, TrainingConfig
+from phinetune.train import machine
 from phinetune.train.memory import MemoryPeak, memory_free
 from phinetune.train.optimiser import make_optimizer
 from phinetune.train.rates import rates_by_dtype, share_reached
 
-PACKAGES = ["phinetune", "torch", "transformers", "tokenizers", "peft", "bitsandbytes"]
-INSTRUCTIONS = ["avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm"]
 KERNELS = {"attention": "packed attention", "decoder": "decoder layers", "loss": "the loss head"}
 STEPS, ROWS_A_STEP = 3, 16
 
@@ -32,11 +28,10 @@ def examine(training: bool = True) -> dict[str, Any]:
     native.prepare()
     device = pick_device(use_cpu=False)
     found: dict[str, Any] = {
-        "versions": {name: _version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": _cpu(),
+        "versions": machine.versions(),
+        **machine.system(),
+        "device": machine.device_name(device),
+        "cpu": machine.cpu(),
         "threads": threads,
         "memory_gb": {"total": _memory_total() / 1e9, "free": memory_free() / 1e9},
         "freed_memory_is_kept": kept,
@@ -73,29 +68,6 @@ def _train(device: torch.device, dtype: str) -> dict[str, Any]:
         "gflops_of_its_products": round(share.rate / 1e9, 1),
         "share_of_rate": round(share.of_rate, 3),
         "peak_gb": round(memory.gb, 2),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu() -> dict[str, Any]:
-    """Its name, its cores, and those of its instructions that matter here."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = set((about.get("flags") or about.get("Features") or "").split())
-    return {
-        "name": about.get("model name") or platform.processor() or platform.machine(),
-        "family": about.get("cpu family"),
-        "cores": os.cpu_count(),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
     }
 
 

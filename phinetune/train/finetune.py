@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from phinetune.adapter import save_adapter
 from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, write_ledgers, writes_date
 from phinetune.disk import check_room, naming_full_disk, replacing, write_text
 from phinetune.errors import CheckpointError, RecipeError, Stopped
@@ -41,6 +40,9 @@ from phinetune.model.memory import (
     recomputed_layers,
 )
 from phinetune.recipe import Recipe, TrainingConfig, dump_recipe
+from phinetune.recipe.explain import explain
+from phinetune.report import ABOUT, write_report
+from phinetune.train import machine
 from phinetune.train.checkpoint import (
     MINIMUM_KEPT,
     Base,
@@ -51,12 +53,14 @@ from phinetune.train.checkpoint import (
     read_state,
 )
 from phinetune.train.estimate import expected_gb, expected_seconds, has_kernels, has_room_to_fold
-from phinetune.train.log import ProgressBar, check_loggers, run_log
+from phinetune.train.log import MetricsWriter, ProgressBar, run_log
 from phinetune.train.loop import Loop, progress_of
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import learning_rates, make_optimizer
 from phinetune.train.rehearsal import rehearse
 from phinetune.train.signals import Interrupted, Signals, listening
+from phinetune.train.trackers import check_trackers
+from phinetune.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +74,8 @@ FREE_TO_CHANGE = {
             "logging_steps",
             "logging_first_step",
             "logging_dir",
+            "run_name",
+            "project",
         ),
         *("log_level", "disable_tqdm", "report_to", "eval_strategy", "eval_steps", "eval_on_start"),
         *("save_strategy", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
@@ -84,8 +90,8 @@ FREE_TO_CHANGE = {
 WRITTEN = [
     "adapter_config.json", "adapter_model.safetensors", "additional_chat_templates", "answers.jsonl",
     "chat_format.json", "chat_template.jinja", "checkpoint-*", "ledger.json", "metrics.jsonl", "recipe.yaml",
-    "rejected.jsonl", "special_tokens_map.json", "summary.json", "tensorboard", "tokenizer*", "train.log",
-    ".tmp-checkpoint-*",
+    "rejected.jsonl", "report.html", "run.json", "special_tokens_map.json", "summary.json", "tensorboard",
+    "tokenizer*", "train.log", "wandb", "mlruns", ".tmp-checkpoint-*",
 ]  # fmt: skip
 
 
@@ -134,12 +140,12 @@ def train(
             progress_of(checkpoint, config)
         recipe = _with_today(recipe, tokenizer, checkpoint)
         data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
-        check_loggers(config)
+        check_trackers(recipe)
         _check_evaluations(config, data)
         loop = make_loop(recipe, tokenizer, data, signals, checkpoint)
         _check_room(loop)
         signals.check()
-        with _output(folder, loop.recipe, data, tokenizer, fresh=not resume):
+        with _output(folder, loop.recipe, data, tokenizer, fresh=not resume) as begun:
             for word in words:
                 log.warning(word)
             if checkpoint is not None:
@@ -147,16 +153,18 @@ def train(
             if rehearsal:
                 rehearse(loop, tokenizer, data, checkpoint)
             _announce(loop, data, threads)
-            loop.run()
+            with MetricsWriter(loop.recipe, folder, begun, loop.step) as metrics:
+                loop.run(metrics)
 
-            with signals.deferred():
-                loop.load_best()
-                save_adapter(loop.model, folder, loop.base.model, loop.base.revision, chat_format=loop.base.chat_format)
-            with _ending_at_once(loop):
-                comparison = _compare(loop, tokenizer, data) if data.eval else None
-            with signals.deferred():
+                with signals.deferred():
+                    loop.load_best()
+                    loop.save_adapter()
+                with _ending_at_once(loop):
+                    comparison = _compare(loop, tokenizer, data) if data.eval else None
                 if comparison is not None:
-                    loop.write_last_evaluation(comparison.tuned)
+                    with signals.deferred():
+                        loop.write_last_evaluation(metrics, comparison.tuned)
+            with signals.deferred():
                 summary = {
                     "model": recipe.model,
                     "rows": data.ledgers["train"].used,
@@ -166,6 +174,7 @@ def train(
                     **(comparison.summary() if comparison else {}),
                 }
                 write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+                write_report(folder)
                 log.info(f"done: {loop.step} steps in {summary['seconds']:.0f} s, peak {memory.gb:.2f} GB, {folder}")
     return Result(folder, summary, comparison)
 
@@ -267,17 +276,31 @@ def _check_room(loop: Loop) -> None:
 
 
 @contextmanager
-def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool) -> Iterator[None]:
-    """The output folder, with what is known before training in it, and the log open."""
+def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool) -> Iterator[str]:
+    """The output folder, with what is known before training in it, and the log open; says when the run began."""
     folder.mkdir(parents=True, exist_ok=True)
     if fresh:
         _remove_run(folder)
+    about = _about(folder, recipe)
     with naming_full_disk(folder):
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        write_text(folder / ABOUT, json.dumps(about, indent=2, default=lambda value: value.model_dump()) + "\n")
         write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
         tokenizer.save_pretrained(folder)
     with run_log(folder, recipe.training_config.log_level):
-        yield
+        yield about["begun"]
+
+
+def _about(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """run.json: when a run began and with what it goes on, and where its settings came from."""
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return {
+        "begun": read_json(folder / ABOUT).get("begun", now) if (folder / ABOUT).exists() else now,
+        "versions": machine.versions(),
+        **machine.system(),
+        "device": machine.device_name(pick_device(recipe.training_config.use_cpu)),
+        "settings": [setting._asdict() for setting in explain(recipe)],
+    }
 
 
 def _remove_run(folder: Path) -> None:
@@ -305,8 +328,10 @@ def _with_dtype(recipe: Recipe, device: torch.device, checkpoint: Path | None) -
     dtype = recipe.model_kwargs.dtype
     if dtype == "auto" and checkpoint is not None:
         dtype = read_state(checkpoint).get("identity", {}).get("model_kwargs.dtype", dtype)
-    kwargs = recipe.model_kwargs.model_copy(update={"dtype": resolve_dtype(dtype, device)})
-    return recipe.model_copy(update={"model_kwargs": kwargs})
+    if recipe.model_kwargs.dtype != "auto":
+        resolve_dtype(dtype, device)  # which says where it is slow here
+        return recipe
+    return recipe.derived("model_kwargs", "dtype", resolve_dtype(dtype, device), "this machine, for auto")
 
 
 def _with_today(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Recipe:
@@ -315,7 +340,7 @@ def _with_today(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Reci
         return recipe
     begun = read_state(checkpoint).get("identity", {}).get("data.today") if checkpoint else None
     today = begun or datetime.date.today().isoformat()
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"today": today})})
+    return recipe.derived("data", "today", today, "the day the run began")
 
 
 def _checkpoint_to_resume(folder: Path, resume: bool | str | Path) -> Path | None:

@@ -1,6 +1,5 @@
-"""Where a run says what it does: the screen, train.log, metrics.jsonl, TensorBoard."""
+"""Where a run says what it does: the screen, train.log, metrics.jsonl."""
 
-import importlib.util
 import json
 import logging
 import sys
@@ -13,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from phinetune.disk import naming_full_disk, replacing
-from phinetune.errors import InputError
-from phinetune.recipe import TrainingConfig
+from phinetune.recipe import Recipe
+from phinetune.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 console = Console(stderr=True, highlight=False)
@@ -57,32 +56,28 @@ class _Screen(logging.Handler):
 
 
 class MetricsWriter:
-    """A JSON object a line in metrics.jsonl, and the same numbers in TensorBoard when asked for."""
+    """A JSON object a line in metrics.jsonl, and the same numbers to the trackers of `report_to`."""
 
-    def __init__(self, folder: Path, config: TrainingConfig, first_step: int) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, begun: str, first_step: int) -> None:
         self._path = folder / METRICS
         if first_step > 0 and self._path.exists():
             self._forget_after(first_step)
         self._file = self._path.open("ab" if first_step > 0 else "wb", buffering=0)  # a line is written or isn't
-        self._board = _tensorboard(folder, config, first_step) if "tensorboard" in config.report_to else None
+        self._trackers = Trackers(recipe, folder, begun, first_step)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         line = (json.dumps(dict(metrics)) + "\n").encode()
         with naming_full_disk(self._path, len(line)):
             while line:
                 line = line[self._file.write(line) or 0 :]
-        if self._board is not None:
-            for name, value in metrics.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, metrics["step"])
+        self._trackers.write({name: value for name, value in metrics.items() if name != "step"}, metrics["step"])
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
     def _forget_after(self, step: int) -> None:
         """A resumed run writes the steps after its checkpoint again."""
@@ -90,19 +85,6 @@ class MetricsWriter:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         with replacing(self._path, sum(map(len, kept))) as work:
             work.write_text("".join(kept), encoding="utf-8")
-
-
-def check_loggers(config: TrainingConfig) -> None:
-    """Raises InputError for a logger that isn't installed."""
-    if "tensorboard" in config.report_to and importlib.util.find_spec("tensorboard") is None:
-        mend = "pip install 'phinetune[tensorboard]'"
-        raise InputError("training_config.report_to", "TensorBoard is not installed", mend)
-
-
-def _tensorboard(folder: Path, config: TrainingConfig, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(config.logging_dir or str(folder / "tensorboard"), purge_step=first_step + 1)
 
 
 class ProgressBar:

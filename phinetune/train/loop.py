@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from phinetune.adapter import save_adapter
 from phinetune.data import Example, Plan, supervised_tokens
 from phinetune.errors import CheckpointError, RunError, Stopped
 from phinetune.evaluate import evaluate_loss
@@ -172,7 +173,7 @@ class Loop:
         load_checkpoint(checkpoint, self.model, self.optimizer)
         log.info(f"resuming behind step {self.step} from {checkpoint}")
 
-    def run(self) -> None:
+    def run(self, metrics: MetricsWriter) -> None:
         """Trains from `self.step` to the end, or until evaluations have stopped improving.
 
         Raises:
@@ -182,7 +183,7 @@ class Loop:
         config = self.recipe.training_config
         self.model.train()
         bar = ProgressBar("training", len(self.steps), not config.disable_tqdm, self.step)
-        with self.signals.deferred(), bar, MetricsWriter(self.folder, config, self.step) as metrics:
+        with self.signals.deferred(), bar:
             self._evaluate_if_due(metrics)  # on start, or what a signal left undone
             while self.step < len(self.steps) and not self.best.is_exhausted:
                 examples = [self.train[row] for row in self.steps[self.step]]
@@ -263,11 +264,10 @@ class Loop:
             log.warning(f"step {self.step}: the loss jumped to {loss:.3g}, most of all on rows {rows}")
         self.counters.losses = [*losses, loss][-REMEMBERED:]
 
-    def write_last_evaluation(self, measured: dict[str, float]) -> None:
+    def write_last_evaluation(self, metrics: MetricsWriter, measured: dict[str, float]) -> None:
         """The evaluation behind the last step, unless the loop has taken one there."""
         if self.best.evaluated_behind != self.step:
-            with MetricsWriter(self.folder, self.recipe.training_config, self.step) as metrics:
-                metrics.write({"step": self.step, **measured})
+            metrics.write({"step": self.step, **measured})
 
     def _count(self, examples: Sequence[Example], loss: float, grad_norm: float, seconds: float) -> int:
         tokens, supervised = sum(len(e.ids) for e in examples), supervised_tokens(examples)
@@ -328,6 +328,11 @@ class Loop:
             self.folder, self.step, self.model, self.optimizer, state, self.base, limit, self.best.step
         )
         log.info(f"wrote {path}")
+
+    def save_adapter(self) -> None:
+        """The adapter as it is now, at the root of the run's folder."""
+        base = self.base
+        save_adapter(self.model, self.folder, base.model, base.revision, chat_format=base.chat_format)
 
     def load_best(self) -> None:
         """Puts the adapter back that evaluated best, where `load_best_model_at_end` asks for it."""

@@ -51,7 +51,9 @@ def rehearse(loop: Loop, tokenizer: Any, data: Prepared, checkpoint: Path | None
         if loop.recipe.evaluation.metrics:
             _answer(loop, tokenizer, data)
             done.append("answers")
-    _write_and_read(loop)
+    with loop.signals.deferred():  # what is written is removed, whatever comes meanwhile
+        _write_and_read(loop)
+    loop.signals.check()
     _merge(loop.model)
     loop.optimizer.state.clear()
     if checkpoint is not None:

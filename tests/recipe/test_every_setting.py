@@ -389,6 +389,15 @@ def boards(run: Seen) -> set[str]:
     return {str(path.parent.relative_to(run.root)) for path in run.root.rglob("events.out.*")}
 
 
+def experiments(run: Seen) -> dict[str, set[str]]:
+    """MLflow's: {project: names of its runs}"""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient((run.root / "runs" / "mine" / "mlruns").as_uri())
+    found = [one for one in client.search_experiments() if one.name != "Default"]
+    return {one.name: {r.info.run_name for r in client.search_runs([one.experiment_id])} for one in found}
+
+
 def best_metric(run: Seen) -> str:
     """By which the log says that the best step was found."""
     return logged(run).rpartition("is kept: best ")[2].split()[0]
@@ -434,7 +443,7 @@ def watch(run: Seen, patch: pytest.MonkeyPatch) -> None:
     loop_run, flat, popen = Loop.run, FastLayer._flat, subprocess.Popen
     generate = transformers.GenerationMixin.generate
 
-    def run_loop(loop: Loop) -> None:
+    def run_loop(loop: Loop, metrics: Any) -> None:
         run.loop, model = loop, loop.model
         run.rows = [list(example.ids) for example in loop.train]
         run.drawn = snapshot(model)
@@ -462,7 +471,7 @@ def watch(run: Seen, patch: pytest.MonkeyPatch) -> None:
 
         loop.optimizer.register_step_pre_hook(before)
         loop.optimizer.register_step_post_hook(behind)
-        loop_run(loop)
+        loop_run(loop, metrics)
 
     def snapshot(model: Any) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
@@ -662,6 +671,7 @@ GERMAN = {"user": "frage", "assistant": "antwort"}
 NONE_LEFT = Part("and none is left")
 
 QUARTER = {"data.eval": 0.25}
+MLFLOW = training(report_to="mlflow")
 ASKED = {**QUARTER, "evaluation.metrics": ["exact_match"]}
 ANSWERED = {**ASKED, "data.eval": 0.5, "evaluation.max_new_tokens": 2}
 EVALUATED = {**QUARTER, **training(eval_strategy="steps", eval_steps=1)}
@@ -795,6 +805,8 @@ CASES = [
         Case("log_level", "warning", levels, ({"INFO"}, set())),
         Case("disable_tqdm", True, lambda run: "training" in run.screen, (True, False)),
         Case("report_to", "tensorboard", boards, (set(), {"runs/mine/tensorboard"})),
+        Case("run_name", "a try", experiments, ({"phinetune": {"mine"}}, {"phinetune": {"a try"}}), MLFLOW),
+        Case("project", "ours", experiments, ({"phinetune": {"mine"}}, {"ours": {"mine"}}), MLFLOW),
         Case("eval_strategy", "steps", evaluated_at, ([3], [1, 2, 3]), EVALUATED),
         Case("eval_strategy", "epoch", evaluated_at, ([5], [3, 5]), {**QUARTER, **training(max_steps=5)}),
         Case("eval_steps", 2, evaluated_at, ([3], [2, 3]), EVALUATED),

@@ -1,13 +1,11 @@
 """`phinetune explain`: each setting, its value, where that came from, what it does."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from commands import phinetune
 
-from phinetune.errors import RecipeError
-from phinetune.recipe import Recipe
+from phinetune.recipe import Recipe, load_recipe, make_recipe
 from phinetune.recipe.explain import explain
 from phinetune.recipe.names import SECTIONS
 
@@ -28,8 +26,8 @@ def recipe(tmp_path):
 
 
 def test_where_each_value_came_from(recipe):
-    settings, words = explain(recipe, ["peft_config.alpha=16", "r=4", "num_train_epochs=2"])
-    found = {setting.path: (setting.value, setting.origin) for setting in settings}
+    loaded, words = load_recipe(recipe, ["peft_config.alpha=16", "r=4", "num_train_epochs=2"])
+    found = {setting.path: (setting.value, setting.origin) for setting in explain(loaded)}
     assert found["model"] == ("smollm2", "recipe")
     assert found["model_kwargs.dtype"] == ("bfloat16", "recipe, as torch_dtype")
     assert found["training_config.learning_rate"] == (1e-3, "recipe, as lr")
@@ -43,7 +41,7 @@ def test_where_each_value_came_from(recipe):
 
 
 def test_every_setting_is_listed_and_says_what_it_does(recipe):
-    settings, _ = explain(recipe)
+    settings = explain(load_recipe(recipe)[0])
     expected = [
         path
         for key in Recipe.model_fields
@@ -54,16 +52,24 @@ def test_every_setting_is_listed_and_says_what_it_does(recipe):
 
 
 def test_a_token_is_never_shown(recipe):
-    command = [sys.executable, "-m", "phinetune", "explain", str(recipe)]
     for more in ([], ["--json"], ["--changed"]):
-        said = subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
+        said = phinetune("explain", recipe, *more).stdout
         assert "hf_secret" not in said
         assert "learning_rate" in said
-    changed = subprocess.run([*command, "--changed"], capture_output=True, text=True, check=True).stdout
-    assert "weight_decay" not in changed
-    assert {s["path"] for s in json.loads(subprocess.run([*command, "--json"], capture_output=True).stdout)["settings"]}
+    assert "weight_decay" not in phinetune("explain", recipe, "--changed").stdout
+    assert {s["path"] for s in json.loads(phinetune("explain", recipe, "--json").stdout)["settings"]}
 
 
 def test_a_wrong_recipe_is_refused_as_by_train(recipe):
-    with pytest.raises(RecipeError, match="did you mean learning_rate"):
-        explain(recipe, ["training_config.learnin_rate=1"])
+    said = phinetune("explain", recipe, "training_config.learnin_rate=1")
+    assert said.returncode == 2
+    assert "did you mean learning_rate" in said.stderr
+
+
+def test_what_python_gives_and_what_a_run_finds_out():
+    recipe, _ = make_recipe({"model": "smollm2", "data": {"train": "a.jsonl"}}, by="Python")
+    decided = recipe.derived("model_kwargs", "dtype", "float32", "this machine, for auto")
+    found = {setting.path: (setting.value, setting.origin) for setting in explain(decided)}
+    assert found["data.train"] == ("a.jsonl", "Python")
+    assert found["model_kwargs.dtype"] == ("float32", "derived from this machine, for auto")
+    assert recipe.model_kwargs.dtype == "auto"
