@@ -20,16 +20,15 @@ Shape suffixes: T tokens, K summed over, N outputs, O outliers' columns; a weigh
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
 
 from phinetune.kernels.compiled import compiled
 from phinetune.kernels.products import product
+from phinetune.kernels.quantised import QuantisedWeight
 
 log = logging.getLogger(__name__)
 
@@ -39,106 +38,33 @@ ROWS, CELL = 2048, 1 << 21  # of the sums: rows at most, and elements (8 MB); fe
 FEW = 4  # rows: up to so many, as in generation, x isn't rounded, since reading the weight is all that takes time
 TINY = 1e-30  # in the place of a scale of 0
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-READ_ONLY = "can't be written to; dequantise() gives a plain tensor"
-SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-class Int8Weight(Tensor):
-    """A frozen weight as int8 `codes` (N, K) and one fp32 `scale` (N,) a channel, which looks like the (N, K) tensor
-    of floats that it stands for.
+class Int8Weight(QuantisedWeight):
+    """A frozen weight as int8 `codes` (N, K) and one fp32 `scale` (N,) a channel.
 
-    It can be the weight of an `nn.Linear`, whose forward pass and input gradient are then int8 products.  Copies, moves
-    between devices, state dicts and pickles stay int8; anything else (`.float()`, `.T`, `w + 1`) is done on the
-    dequantised weight and gives a plain tensor.  It can't be written to, but for `copy_`, which quantises.
+    As the weight of an `nn.Linear` it makes its forward pass and its input gradient int8 products.
     """
 
+    PARTS = ("codes", "scale")
     codes: Tensor
     scale: Tensor
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> "Int8Weight":
-        made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device, requires_grad=False)
-        made.codes, made.scale = codes, scale
-        return made
+        return cast(Int8Weight, QuantisedWeight.wrap(cls, {"codes": codes, "scale": scale}, codes.shape, dtype))
 
     def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The plain (N, K) weight, in its own dtype or another."""
         return _dequantise_weight(self.codes, self.scale, dtype or self.dtype)
 
-    @property
-    def nbytes(self) -> int:  # type: ignore[override]
-        """What it takes in memory."""
-        return self.codes.nbytes + self.scale.nbytes
+    def linear(self, x_TK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        return linear(x_TK, self, bias_N)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Int8Weight({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+    def input_gradient(self, dy_TN: Tensor) -> Tensor:
+        return input_gradient(dy_TN, self)
 
-    # Copies ---------------------------------------------------------------------------------------------
-
-    def _like(self, codes: Tensor, scale: Tensor) -> "Int8Weight":
-        return Int8Weight(codes, scale, self.dtype)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Int8Weight":
-        if id(self) not in memo:
-            memo[id(self)] = _rebuild(self.codes.clone(), self.scale.clone(), self.dtype, self._is_parameter)
-        return cast(Int8Weight, memo[id(self)])
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.codes, self.scale, self.dtype, self._is_parameter)
-
-    @property
-    def _is_parameter(self) -> bool:
-        return isinstance(self, torch.nn.Parameter)
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "scale"], self.dtype
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], dtype: Any, size: Any, stride: Any) -> "Int8Weight":
-        return Int8Weight(inner["codes"], inner["scale"], dtype)
-
-    # What torch does with it ----------------------------------------------------------------------------
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            return _nn_linear(*args, **(kwargs or {}))
-        if func is Tensor.__setitem__ and isinstance(args[0], Int8Weight):
-            raise RuntimeError(f"an int8 weight {READ_ONLY}")
-        if func is SET_DATA:  # what nn.Module.to(dtype) does: the weight stays int8 and stands for another dtype
-            weight, data = args
-            given = data if isinstance(data, Int8Weight) else quantise(data)
-            weight.codes, weight.scale, args = given.codes, given.scale, (weight, given)
-        with torch._C.DisableTorchFunctionSubclass():  # what comes out is no weight unless __torch_dispatch__ makes one
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        aten, first = torch.ops.aten, args[0]
-        if func in (aten.detach.default, aten.alias.default):
-            return first._like(first.codes, first.scale)
-        if func is aten.clone.default:
-            return first._like(first.codes.clone(), first.scale.clone())
-        if func is aten._to_copy.default and isinstance(first, Int8Weight):
-            dtype, device = kwargs.get("dtype") or first.dtype, kwargs.get("device")
-            moved = first._like(first.codes.to(device), first.scale.to(device))
-            return moved if dtype == first.dtype else moved.dequantise(dtype)
-        if func is aten.copy_.default and isinstance(first, Int8Weight):
-            return first._take(args[1])
-        if func._schema.is_mutable and any(isinstance(a, Int8Weight) for a in (first, kwargs.get("out"))):
-            raise RuntimeError(f"{func}: an int8 weight {READ_ONLY}")
-        args, kwargs = tree_map_only(Int8Weight, lambda weight: weight.dequantise(), (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _take(self, source: Tensor) -> Self:
-        """`copy_`: from int8 as it is, from plain numbers quantised."""
-        given = source if isinstance(source, Int8Weight) else quantise(source.expand(self.shape))
-        self.codes.copy_(given.codes)
-        self.scale.copy_(given.scale)
-        return self
+    def quantised_alike(self, plain_NK: Tensor) -> "Int8Weight":
+        return quantise(plain_NK)
 
 
 def quantise(weight_NK: Tensor) -> Int8Weight:
@@ -196,18 +122,6 @@ class _Linear(torch.autograd.Function):
         need_x, _, need_bias = ctx.needs_input_grad
         dx_TK = input_gradient(dy_TN, weight) if need_x else None
         return dx_TK, None, dy_TN.sum(0, dtype=ctx.bias_dtype) if need_bias else None
-
-
-def _nn_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` where some of its tensors are int8."""
-    if not isinstance(weight, Int8Weight) or isinstance(input, Int8Weight):
-        input, weight = (t.dequantise() if isinstance(t, Int8Weight) else t for t in (input, weight))
-        return F.linear(input, weight, bias)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-    y_TN = linear(input.reshape(-1, input.shape[-1]), weight, bias)
-    return y_TN.view(*input.shape[:-1], y_TN.shape[-1])
 
 
 # The product -----------------------------------------------------------------------------------------------
@@ -286,11 +200,6 @@ def _finish(
 @compiled
 def _dequantise_weight(codes_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes_NK.float() * scale_N[:, None]).to(dtype)
-
-
-def _rebuild(codes: Tensor, scale: Tensor, dtype: torch.dtype, is_parameter: bool) -> Int8Weight:
-    made = Int8Weight(codes, scale, dtype)
-    return cast(Int8Weight, torch.nn.Parameter(made, requires_grad=False)) if is_parameter else made
 
 
 def _is_supported(a_TK: Tensor) -> bool:

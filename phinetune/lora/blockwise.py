@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phinetune.kernels import native
-from phinetune.kernels.int8 import Int8Weight
+from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.functional import Projection, draw_dropout
 
 VECTOR = 16  # widths are multiples of it
@@ -52,7 +52,7 @@ def norm_gated_mlp(x_TD: Tensor, norm_weight_D: Tensor, eps: float, gate_up: Pro
 
 def _is_laid_out(part: Projection) -> bool:
     for weight in part.weights:
-        plain = not isinstance(weight, Int8Weight) and weight.dtype is torch.bfloat16 and weight.is_contiguous()
+        plain = not isinstance(weight, QuantisedWeight) and weight.dtype is torch.bfloat16 and weight.is_contiguous()
         if not plain or weight.shape[0] % VECTOR or weight.shape[1] % VECTOR:
             return False
     if part.factors is None:

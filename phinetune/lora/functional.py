@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phinetune.kernels.int8 import Int8Weight
 from phinetune.kernels.linear import input_gradient, linear
 from phinetune.kernels.products import add_product_, product
+from phinetune.kernels.quantised import QuantisedWeight
 
 
 class Block(NamedTuple):
@@ -136,7 +136,7 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)
-            weight = weight if isinstance(weight, Int8Weight) else weight.to(dtype)
+            weight = weight if isinstance(weight, QuantisedWeight) else weight.to(dtype)
             return cast(Tensor, _LoRALinear.apply(x.to(dtype), weight, bias, *factors, dropout_p))
     return cast(Tensor, _LoRALinear.apply(x, weight, bias, *factors, dropout_p))
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from phinetune.kernels.int8 import Int8Weight
+from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.functional import Block
 
 DEFAULT = "default"
@@ -358,7 +358,7 @@ class LoRALayer(nn.Module):
         """W + Σ weight · ΔW of the active adapters, summed in fp32, rounded once, in the layout of `_base_weight`."""
         base = self._weight_to_merge()
         precise = torch.promote_types(base.dtype, torch.float32)
-        total = base.dequantise(precise) if isinstance(base, Int8Weight) else base.to(precise, copy=True)
+        total = base.dequantise(precise) if isinstance(base, QuantisedWeight) else base.to(precise, copy=True)
         for name, weight in self.active_adapters.items():
             delta = self.delta_weight(name)
             if self.adapters[name].use_dora:

@@ -13,7 +13,7 @@ from phinetune.hub import hub_answers
 from phinetune.model import attention, smollm2
 from phinetune.model.family import FLAT_FAMILIES
 from phinetune.model.files import check_model_files, check_sizes
-from phinetune.model.quantise import quantise_layers, sample_ids
+from phinetune.model.quantise import quantise_layers, quantise_to_4bit, sample_ids, take_over_4bit
 from phinetune.recipe import ModelKwargs
 
 T = TypeVar("T")
@@ -91,8 +91,13 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     if implementation == attention.NAME:
         fast.install(loaded)
     loaded.requires_grad_(False).eval()
+    came_in_4bit = take_over_4bit(loaded)
+    if came_in_4bit and kwargs.load_in_8bit:
+        raise ModelError("model_kwargs.load_in_8bit", f"{model} is kept in 4 bits", "leave it out")
     if kwargs.load_in_8bit:
         quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.vocab_size))
+    if kwargs.load_in_4bit and not came_in_4bit:
+        quantise_to_4bit(loaded.to(device), kwargs)
     return loaded.to(device)
 
 

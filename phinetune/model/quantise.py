@@ -1,8 +1,12 @@
-"""`load_in_8bit` on a CPU: the decoder layers' weights in int8 (phinetune.kernels.int8), each layer's error looked at.
+"""A model's weights in fewer bits: `load_in_4bit`, by bitsandbytes, and `load_in_8bit` on a CPU.
 
-Some tokens of text run through the model once.  Just before a linear layer multiplies, its weight becomes int8, and
-its own inputs tell by how much the layer's output is off; a layer that is off by more than `TOLERANCE` stays as it was.
-So each layer is judged on what the quantised layers before it give, and no second copy of the model is ever held.
+4 bits (phinetune.kernels.nf4): every linear layer but the head, as in the QLoRA paper, or those that a model comes
+with.
+
+8 bits (phinetune.kernels.int8), each layer's error looked at.  Some tokens of text run through the model once.  Just
+before a linear layer multiplies, its weight becomes int8, and its own inputs tell by how much the layer's output is
+off; a layer that is off by more than `TOLERANCE` stays as it was.  So each layer is judged on what the quantised layers
+before it give, and no second copy of the model is ever held.
 """
 
 import logging
@@ -13,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.errors import ModelError
-from phinetune.kernels import int8
+from phinetune.kernels import int8, nf4
+from phinetune.kernels.quantised import QuantisedWeight
+from phinetune.recipe import ModelKwargs
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +34,56 @@ SAMPLE_TEXT = (
 
 
 class Quantised(NamedTuple):
-    """What of a model is in int8, by the names of its linear layers."""
+    """What of a model is quantised, by the names of its linear layers."""
 
-    int8: list[str]
+    names: list[str]
     plain: list[str]
     nbytes: int
-    """Of the int8 weights."""
+    """Of the quantised weights."""
+
+
+def quantise_to_4bit(model: nn.Module, kwargs: ModelKwargs) -> None:
+    """4 bits in the place of the weight of every `nn.Linear` but the output head, which is left with the norms and
+    embeddings as it was.
+
+    Raises:
+        ModelError: if bitsandbytes isn't installed, or the model has no such layer.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        what = "needs bitsandbytes, which is not installed"
+        raise ModelError("model_kwargs.load_in_4bit", what, "pip install 'phinetune[qlora]'") from None
+    compute = None if kwargs.bnb_4bit_compute_dtype == "auto" else getattr(torch, kwargs.bnb_4bit_compute_dtype)
+    layers = list(_linear_layers(model))
+    for _, layer in layers:
+        quantised = nf4.quantise(layer.weight, kwargs.bnb_4bit_quant_type, kwargs.bnb_4bit_use_double_quant, compute)
+        layer.weight = nn.Parameter(quantised, requires_grad=False)
+    if not layers:
+        what = "none of its layers is an nn.Linear that could be in 4 bits"
+        raise ModelError("model_kwargs.load_in_4bit", what, "leave it out for this model")
+
+
+def take_over_4bit(model: nn.Module) -> int:
+    """Plain linear layers with phinetune's 4-bit weights in the place of bitsandbytes' own layers, which a model that
+    was saved in 4 bits is loaded with; returns how many there were."""
+    taken = 0
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ != "Linear4bit":
+            continue
+        old: Any = module
+        plain = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
+        weight = nf4.FourBitWeight(
+            old.weight.data, old.weight.quant_state, old.compute_dtype or old.weight.quant_state.dtype
+        )
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = old.bias
+        model.set_submodule(name, plain)
+        taken += 1
+    if taken:
+        transformer: Any = model
+        del transformer.config.quantization_config  # what is saved from here on says for itself how it is kept
+    return taken
 
 
 def quantise_layers(model: nn.Module, ids: Tensor, tolerance: float = TOLERANCE) -> dict[str, float]:
@@ -78,17 +128,17 @@ def quantise_layers(model: nn.Module, ids: Tensor, tolerance: float = TOLERANCE)
 
 
 def quantised_layers(model: nn.Module) -> Quantised:
-    """Which layers' weights are in int8, and which aren't, with LoRA or without; the head counts as neither."""
+    """Which layers' weights are quantised, and which aren't, with LoRA or without; the head counts as neither."""
     layers = list(_linear_layers(model, of_any_kind=True))
-    weights = {name: layer.weight for name, layer in layers if isinstance(layer.weight, int8.Int8Weight)}
+    weights = {name: layer.weight for name, layer in layers if isinstance(layer.weight, QuantisedWeight)}
     plain = [name for name, layer in layers if name not in weights]
     return Quantised(list(weights), plain, sum(weight.nbytes for weight in weights.values()))
 
 
 def dequantise_layers(model: nn.Module) -> None:
-    """Plain weights in the place of int8 ones: what a model is saved with that others are to read."""
+    """Plain weights in the place of quantised ones: what a model is saved with that others are to read."""
     for _, layer in _linear_layers(model, of_any_kind=True):
-        if isinstance(layer.weight, int8.Int8Weight):
+        if isinstance(layer.weight, QuantisedWeight):
             layer.weight = nn.Parameter(layer.weight.dequantise(), requires_grad=False)
 
 

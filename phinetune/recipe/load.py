@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from phinetune.errors import RecipeError
-from phinetune.recipe.names import SECTIONS, current_name, known_names, nearest, settle
+from phinetune.recipe.names import SECTIONS, current_name, known_names, nearest, settle, unfold
 from phinetune.recipe.schema import Recipe
 
 FREE_SECTIONS = ("tokenizer_kwargs",)  # passed on as they are
@@ -75,7 +75,7 @@ def make_recipe(
     words: list[str] = []
     origins = {**{key: by for key in ("model", *FREE_SECTIONS) if key in given}, **(origins or {})}
     for section in (*SECTIONS, *FREE_SECTIONS):
-        values = _as_dict(section, given.get(section), where)
+        values = unfold(section, _as_dict(section, given.get(section), where))
         if section in FREE_SECTIONS:
             tree[section] = values
             continue

@@ -6,7 +6,7 @@ or warned about; any other is an error with the nearest name.
 """
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from phinetune.errors import RecipeError
@@ -165,6 +165,11 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
     },
     "model_kwargs": {
         **dict.fromkeys(["device_map", "low_cpu_mem_usage", "max_memory"], "the model is loaded whole on one device"),
+        **dict.fromkeys(
+            ["llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload"]
+            + ["llm_int8_has_fp16_weight"],
+            "phinetune's int8 finds outliers and layers that don't bear it by itself",
+        ),
         "use_flash_attention_2": "set attn_implementation",
         "trust_remote_code": "never: native model classes only",
     },
@@ -181,15 +186,34 @@ REFUSED: dict[str, dict[str, str]] = {
         + ["lora_ga_config", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"],
         "is not supported yet",
     ),
-    "model_kwargs": dict.fromkeys(
-        ["load_in_4bit", "quantization_config", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"]
-        + ["bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"],
-        "is not supported yet",
-    ),
+    "model_kwargs": {"bnb_4bit_quant_storage": "is not supported: codes are kept in uint8"},
 }
 # Values of refused names that ask for what happens anyway.
-HARMLESS = {"lora_bias": False, "use_qalora": False, "use_bdlora": False}
+HARMLESS = {"lora_bias": False, "use_qalora": False, "use_bdlora": False, "bnb_4bit_quant_storage": "uint8"}
+# What a BitsAndBytesConfig holds that was given nothing; of the 4-bit settings transformers' defaults are kept.
+BNB_DEFAULTS: dict[str, Any] = {
+    "load_in_8bit": False,
+    "load_in_4bit": False,
+    "llm_int8_threshold": 6.0,
+    "llm_int8_skip_modules": None,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "bnb_4bit_quant_storage": "uint8",
+}
 _NOTHING_ASKED: tuple[Any, ...] = (None, False, [], {}, "")
+
+
+def unfold(section: str, given: dict[str, Any]) -> dict[str, Any]:
+    """`quantization_config`, a BitsAndBytesConfig or a mapping like one, as the settings that it holds."""
+    config = given.get("quantization_config") if section == "model_kwargs" else None
+    config = config.to_dict() if config is not None and hasattr(config, "to_dict") else config
+    if not isinstance(config, Mapping):
+        return given
+    plain = BNB_DEFAULTS | {"quant_method": "bitsandbytes"}
+    asked = {
+        name: value for name, value in config.items() if not name.startswith("_") and plain.get(name, ...) != value
+    }
+    return {**{name: value for name, value in given.items() if name != "quantization_config"}, **asked}
 
 
 def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:

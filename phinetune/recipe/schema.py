@@ -19,6 +19,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     PrivateAttr,
+    model_validator,
 )
 
 DATA_TYPES = ("auto", "bfloat16", "float32", "float16", "float64")
@@ -88,6 +89,16 @@ class ModelKwargs(Section):
     load_in_8bit: bool = False
     """On a CPU: the decoder layers' weights in phinetune's own int8, half of bfloat16's memory and faster products. Not
     on a GPU yet, where it would mean bitsandbytes."""
+    load_in_4bit: bool = False
+    """QLoRA: the decoder layers' weights in 4 bits by bitsandbytes, on a CPU as on a GPU, a quarter of bfloat16's
+    memory; dequantised for each product."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The table of the 16 numbers (transformers' own default is fp4)."""
+    bnb_4bit_use_double_quant: bool = True
+    """The scales are kept in 8 bits too: 0.4 bits a weight less (transformers' own default is false)."""
+    bnb_4bit_compute_dtype: Annotated[str, BeforeValidator(str), AfterValidator(_known_dtype)] = "auto"
+    """Of the products with dequantised weights; `auto`: `dtype`. With `dtype: float32` norms, head and what flows
+    between layers are in full precision beside it."""
     use_cache: bool = False
     """What the model's configuration says; training never keeps a cache, generation always does."""
     revision: str | None = None
@@ -96,6 +107,12 @@ class ModelKwargs(Section):
     """Hub access token; the environment's HF_TOKEN by default."""
     cache_dir: str | None = None
     """Where Hub downloads are kept."""
+
+    @model_validator(mode="after")
+    def _one_quantisation(self) -> "ModelKwargs":
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit can't both be true")
+        return self
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "pairs", "text"]
@@ -190,8 +207,12 @@ class TrainingConfig(Section):
     """AdamW's second moment decay."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
-    optim: Literal["adamw_torch", "adamw_torch_fused"] = "adamw_torch"
-    """The optimiser."""
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw", "paged_adamw_32bit",
+        "paged_adamw_8bit",
+    ] = "adamw_torch"  # fmt: skip
+    """AdamW: torch's own; bitsandbytes' with moments in 8 bits, where a matrix has 4,096 elements and more; paged ones
+    move the moments out of a GPU that is short of memory, and are like the others on a CPU."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0

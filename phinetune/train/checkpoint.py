@@ -202,7 +202,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
             raise RuntimeError(f"{PARAMETERS} holds {min(foreign)}, which isn't trained")
         for key, value in moments.items():
             owner = trained.get(key.rpartition(".")[0])
-            if owner is None or value.shape not in (owner.shape, ()):
+            of_blocks = value.ndim == 1 and key.rpartition(".")[2].startswith(("qmap", "absmax"))
+            if owner is None or not (of_blocks or value.shape in (owner.shape, ())):
                 raise RuntimeError(f"{OPTIMIZER} holds {key} {tuple(value.shape)}, which doesn't fit")
         lora.load_lora_state_dict(model, parameters)
     except (RuntimeError, SafetensorError) as error:
@@ -211,10 +212,12 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         return
     names = {parameter: name for name, parameter in trained.items()}
     in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
+    state: dict[int, dict[str, Any]] = {
         index: {key.rpartition(".")[2]: value for key, value in moments.items() if key.rpartition(".")[0] == name}
         for index, name in enumerate(in_order)
     }
+    if not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes counts steps in plain numbers
+        state = {index: {**own, "step": int(own["step"])} if own else own for index, own in state.items()}
     # torch's own loader knows what belongs on which device.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
@@ -226,9 +229,13 @@ def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """{parameter.exp_avg: …, parameter.exp_avg_sq: …, parameter.step: …}"""
+    """{parameter.exp_avg: …, parameter.exp_avg_sq: …, parameter.step: …}, as the optimiser calls them"""
+    shared = ("qmap",)  # bitsandbytes' tables, one for all parameters; safetensors writes each name's own
     return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
+        f"{name}.{key}": (value.clone() if key.startswith(shared) else torch.as_tensor(value))
+        .detach()
+        .cpu()
+        .contiguous()
         for name, parameter in trainable_parameters(model).items()
         for key, value in optimizer.state[parameter].items()
     }

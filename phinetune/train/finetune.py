@@ -409,11 +409,12 @@ def _announce(loop: Loop, data: Prepared, threads: str) -> None:
     log.info(f"model: {loop.base.model} in {dtype}, {layers} layers adapted, {trained:,} trainable parameters")
     if model.device.type == "cpu":
         log.info(f"device: cpu, {threads}{', C++ kernels' if has_kernels(model.dtype) else ''}")
-    if loop.recipe.model_kwargs.load_in_8bit:
-        quantised = quantised_layers(model)
+    if (quantised := quantised_layers(model)).names:
+        kwargs = loop.recipe.model_kwargs
+        how = "load_in_8bit on a CPU is phinetune's own int8" if kwargs.load_in_8bit else "4 bits, by bitsandbytes"
         log.info(
-            f"load_in_8bit on a CPU is phinetune's own int8: {len(quantised.int8)} of "
-            f"{len(quantised.int8) + len(quantised.plain)} linear layers in int8, {quantised.nbytes / 1e9:.2f} GB"
+            f"{how}: {len(quantised.names)} of {len(quantised.names) + len(quantised.plain)} linear layers, "
+            f"{quantised.nbytes / 1e9:.2f} GB"
             + (f"; in {dtype} stay {', '.join(quantised.plain)}" if quantised.plain else "")
         )
     if loop.recipe.training_config.save_total_limit == 1:

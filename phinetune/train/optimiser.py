@@ -11,20 +11,43 @@ from phinetune.errors import RecipeError
 from phinetune.lora.biases import is_bias
 from phinetune.recipe import PeftConfig, TrainingConfig
 
+# What transformers calls bitsandbytes' optimisers, and what these are called there.
+BITSANDBYTES = {
+    "adamw_bnb_8bit": "AdamW8bit",
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
+
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig, peft_config: PeftConfig) -> torch.optim.AdamW:
-    """Loshchilov & Hutter, "Decoupled Weight Decay Regularization"; torch's own."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config, peft_config),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=config.optim == "adamw_torch_fused",
+def make_optimizer(model: nn.Module, config: TrainingConfig, peft_config: PeftConfig) -> torch.optim.Optimizer:
+    """Loshchilov & Hutter, "Decoupled Weight Decay Regularization": torch's own, or bitsandbytes' in fewer bits.
+
+    Raises:
+        RecipeError: for bitsandbytes' where it isn't installed.
+    """
+    groups = parameter_groups(model, config, peft_config)
+    betas = config.adam_beta1, config.adam_beta2
+    if config.optim not in BITSANDBYTES:
+        fused = config.optim == "adamw_torch_fused"
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=fused)
+    try:
+        import bitsandbytes
+    except ImportError:
+        where, what = f"training_config.optim={config.optim}", "bitsandbytes is not installed"
+        raise RecipeError(where, what, "pip install 'phinetune[qlora]', or use adamw_torch") from None
+    name = BITSANDBYTES[config.optim]
+    if all(parameter.device.type == "cpu" for parameter in trainable_parameters(model).values()):
+        name = name.removeprefix("Paged")  # there is nowhere to page to
+    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, name)(
+        groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon
     )
+    return made
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig, peft_config: PeftConfig) -> list[dict[str, Any]]:

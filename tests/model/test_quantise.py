@@ -90,7 +90,7 @@ def test_a_layer_that_does_not_bear_int8_stays_and_is_named(caplog):
     assert max(error for other, error in errors.items() if other != name) < 0.05
     assert spoilt.self_attn.k_proj.weight is kept
     assert quantised_layers(model).plain == [name]
-    assert len(quantised_layers(model).int8) == 13
+    assert len(quantised_layers(model).names) == 13
     assert f"{name} stays in float32: an error of " in caplog.text
     assert not any(module._forward_pre_hooks for module in model.modules()), "nothing stays behind"
 
@@ -110,7 +110,7 @@ def test_dequantised_weights_are_plain_again():
     dequantise_layers(model)
     assert type(layer.weight) is nn.Parameter
     assert torch.equal(layer.weight, rounded)
-    assert quantised_layers(model).int8 == []
+    assert quantised_layers(model).names == []
 
 
 def test_adapters_go_in_and_out(tmp_path):
@@ -182,7 +182,7 @@ peft_config: {{r: 4, lora_alpha: 8, lora_dropout: 0.1}}
     files = [folder / "adapter_model.safetensors" for folder in (whole, again)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert "load_in_8bit" in (whole / "recipe.yaml").read_text()
-    assert "14 of 14 linear layers in int8" in (whole / "train.log").read_text()
+    assert "own int8: 14 of 14 linear layers" in (whole / "train.log").read_text()
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["tuned"]["eval_loss"] < summary["base"]["eval_loss"]
 
@@ -190,7 +190,7 @@ peft_config: {{r: 4, lora_alpha: 8, lora_dropout: 0.1}}
 
     kwargs = ModelKwargs(dtype="bfloat16", load_in_8bit=True)
     tuned, tokenizer = load_tuned(whole, kwargs)
-    assert len(quantised_layers(tuned).int8) == 14
+    assert len(quantised_layers(tuned).names) == 14
     assert isinstance(answers(tuned, tokenizer, [[5, 6, 7], [8, 9]], 4, 2)[0], str)
 
     theirs = peft.PeftModel.from_pretrained(load_model(str(tiny_llama_folder), ModelKwargs(dtype="float32")), whole)

@@ -367,6 +367,20 @@ def passes(run: Seen) -> list[int]:
     return run.passes
 
 
+def in_4bit(setting: str) -> Callable[[Seen], set[Any]]:
+    """What the 4-bit weights of a run say of themselves."""
+
+    def see(run: Seen) -> set[Any]:
+        weights = [layer.weight for _, layer in lora_layers(run.model)]
+        return {weight.settings[setting] for weight in weights}
+
+    return see
+
+
+def optimiser(run: Seen) -> str:
+    return type(run.loop.optimizer).__name__
+
+
 def is_fused(run: Seen) -> bool:
     return bool(run.loop.optimizer.defaults["fused"])
 
@@ -671,6 +685,7 @@ GERMAN = {"user": "frage", "assistant": "antwort"}
 NONE_LEFT = Part("and none is left")
 
 QUARTER = {"data.eval": 0.25}
+IN_4BIT = {"model_kwargs.load_in_4bit": True}
 MLFLOW = training(report_to="mlflow")
 ASKED = {**QUARTER, "evaluation.metrics": ["exact_match"]}
 ANSWERED = {**ASKED, "data.eval": 0.5, "evaluation.max_new_tokens": 2}
@@ -708,7 +723,18 @@ CASES = [
         "model_kwargs",
         Case("dtype", "bfloat16", base_dtype, (torch.float32, torch.bfloat16), was="float32", since=1),
         Case("attn_implementation", "eager", attention, (("phinetune", 3), ("eager", 12)), unmoved=1e-3),
-        Case("load_in_8bit", True, lambda run: len(quantised_layers(run.model).int8), (0, 14), since=1),
+        Case("load_in_8bit", True, lambda run: len(quantised_layers(run.model).names), (0, 14), since=1),
+        Case("load_in_4bit", True, lambda run: len(quantised_layers(run.model).names), (0, 14), since=1),
+        Case("bnb_4bit_quant_type", "fp4", in_4bit("quant_type"), ({"nf4"}, {"fp4"}), IN_4BIT, since=1),
+        Case("bnb_4bit_use_double_quant", False, in_4bit("blocksize2"), ({256}, {0}), IN_4BIT, since=1),
+        Case(
+            "bnb_4bit_compute_dtype",
+            "bfloat16",
+            in_4bit("compute_dtype"),
+            ({torch.float32}, {torch.bfloat16}),
+            IN_4BIT,
+            since=1,
+        ),
         Case("use_cache", True, lambda run: run.model.config.use_cache, (False, True)),
         Case("revision", "v2", asked("revision"), (["main"] * 3, ["v2"] * 3), MODEL_OF_HUB),
         Case("revision", "v2", lambda run: run.json("adapter_config.json")["revision"], (None, "v2"), MODEL_OF_HUB),
@@ -781,6 +807,11 @@ CASES = [
         Case("adam_beta2", 0.5, since=2),
         Case("adam_epsilon", 1.0, stride, (1.0, 0.0), since=1),
         Case("optim", "adamw_torch_fused", is_fused, (False, True), unmoved=1e-3),
+        Case("optim", "adamw_bnb_8bit", optimiser, ("AdamW", "AdamW8bit")),
+        Case("optim", "adamw_8bit", optimiser, ("AdamW", "AdamW8bit")),
+        Case("optim", "paged_adamw", optimiser, ("AdamW", "AdamW32bit")),
+        Case("optim", "paged_adamw_32bit", optimiser, ("AdamW", "AdamW32bit")),
+        Case("optim", "paged_adamw_8bit", optimiser, ("AdamW", "AdamW8bit")),
         Case("max_grad_norm", 0.01, gradient_norms, ([1.0] * 3, [0.01] * 3)),
         Case("max_grad_norm", 0, lambda run: max(gradient_norms(run)) > 1, (False, True)),
         Case("lr_scheduler_type", "constant", rates, ([0.3, 0.2, 0.1], [0.3, 0.3, 0.3]), FAST),
