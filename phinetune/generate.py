@@ -1,8 +1,4 @@
-"""Answers from a model: greedy and batched for evaluation, streamed for a person.
-
-Generation ends at every token that ends a turn: the tokenizer's end of text, what the model's generation config
-names, and the control tokens that the chat template writes behind words (Phi-3: <|end|>, <|assistant|>).
-"""
+"""Answers from a model: greedy and batched for evaluation, streamed for a person."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +10,13 @@ from torch import Tensor
 
 from phinetune.data import Renderer
 from phinetune.kernels.allocator import is_out_of_memory
-from phinetune.model import long_rope_boundary
+from phinetune.model import long_rope_boundary, stop_ids
 
 log = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
 
 MIN_SHARED_PREFIX = 16  # tokens: below this, a prompt's common beginning isn't worth a pass of its own
-
-
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token id that ends an answer."""
-    configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, list) else [configured])
-    ids |= {tokenizer.eos_token_id, *Renderer.of(tokenizer).turn_ids()}
-    return sorted(i for i in ids if i is not None)
 
 
 @torch.inference_mode()

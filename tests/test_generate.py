@@ -5,8 +5,8 @@ import torch
 
 from phinetune import lora
 from phinetune.data import Renderer
-from phinetune.generate import answers, stop_ids, stream
-from phinetune.model import load_model
+from phinetune.generate import answers, stream
+from phinetune.model import load_model, stop_ids
 from phinetune.recipe import ModelKwargs
 
 

@@ -1,6 +1,7 @@
 """PEFT's adapter format in and out, and the tuned model it makes."""
 
 from phinetune.adapter.load import load_adapter
+from phinetune.adapter.merge import merge_adapter
 from phinetune.adapter.peft_format import CONFIG_FILE, TENSOR_FILE, read_adapter
 from phinetune.adapter.portable import make_portable
 from phinetune.adapter.save import adapter_config, adapter_tensors, save_adapter
@@ -15,6 +16,7 @@ __all__ = [
     "load_adapter",
     "load_tuned",
     "make_portable",
+    "merge_adapter",
     "read_adapter",
     "run_folders",
     "save_adapter",

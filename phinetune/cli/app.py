@@ -211,6 +211,25 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run's output folder, a checkpoint, or another adapter folder.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A new folder; RUN-merged by default.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the base's own), bfloat16, float16 or float32: what is rounded to, once.")
+    ] = "auto",
+    onto: Annotated[
+        str, typer.Option(help="Of a 4-bit run: base, dequantised, or auto, the better one by the held-out loss.")
+    ] = "auto",
+    data: Annotated[str | None, typer.Option(help="Held-out chats for that; the run's own by default.")] = None,
+    allow_template_mismatch: AnyTemplate = False,
+) -> None:
+    """Fold an adapter into its base: a folder that plain transformers loads."""
+    from phinetune.cli.merge import run_merge
+
+    run_merge(run, output, dtype, onto, data, allow_template_mismatch)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of runs.")],
     output: Annotated[

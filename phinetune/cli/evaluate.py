@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,9 +20,9 @@ def run_evaluate(
     allow_mismatch: bool,
     as_json: bool,
 ) -> None:
-    from phinetune.adapter import load_tuned, run_folders
+    from phinetune.adapter import load_tuned
     from phinetune.cli.quiet import quiet_libraries
-    from phinetune.data import Renderer, prepare
+    from phinetune.data import Renderer
     from phinetune.evaluate import compare
 
     quiet_libraries()
@@ -31,21 +32,7 @@ def run_evaluate(
         run, recipe.model_kwargs if recipe else ModelKwargs(), allow_template_mismatch=allow_mismatch
     )
     config = recipe.training_config if recipe else None
-    if data is not None:
-        # Every row of the file is measured, the longest too, rendered as the run's own were.
-        like = recipe.data if recipe else DataConfig(train=data)
-        asked = like.model_copy(update={"train": data, "eval": None, "max_length": 1 << 20, "duplicates": "keep"})
-        prepared = prepare(asked, tokenizer, seed=0)
-        examples, rows = prepared.train, prepared.train_rows
-    elif recipe is None or config is None or recipe.data.eval in (None, 0) or "-" in _paths(recipe):
-        raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
-    else:
-        prepared = prepare(recipe.data, tokenizer, config.seed_of_rows)
-        ledger = next(f / "ledger.json" for f in run_folders(run) if (f / "ledger.json").is_file())
-        if prepared.fingerprint != json.loads(ledger.read_text(encoding="utf-8")).get("fingerprint"):
-            what = "the data has changed since the run, so what was held out then is not known"
-            raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
-        examples, rows = prepared.eval, prepared.eval_rows
+    examples, rows = rows_of(run, recipe, tokenizer, data)
     comparison = compare(
         model,
         tokenizer,
@@ -67,6 +54,31 @@ def run_evaluate(
         print(line)
     if comparison.metrics:
         print("(in brackets: 95 % confidence, by resampling the rows)")
+
+
+def rows_of(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None = None) -> tuple[Any, Any]:
+    """(examples, rows) of some data, or those that a run has held out.
+
+    Raises:
+        DataError: if it has held out none, or its data isn't what it was.
+    """
+    from phinetune.adapter import run_folders
+    from phinetune.data import prepare
+
+    if data is not None:
+        # Every row of the file is measured, the longest too, rendered as the run's own were.
+        like = recipe.data if recipe else DataConfig(train=data)
+        asked = like.model_copy(update={"train": data, "eval": None, "max_length": 1 << 20, "duplicates": "keep"})
+        prepared = prepare(asked, tokenizer, seed=0)
+        return prepared.train, prepared.train_rows
+    if recipe is None or recipe.data.eval in (None, 0) or "-" in _paths(recipe):
+        raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
+    prepared = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
+    ledger = next(f / "ledger.json" for f in run_folders(run) if (f / "ledger.json").is_file())
+    if prepared.fingerprint != json.loads(ledger.read_text(encoding="utf-8")).get("fingerprint"):
+        what = "the data has changed since the run, so what was held out then is not known"
+        raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
+    return prepared.eval, prepared.eval_rows
 
 
 def _between(interval: tuple[float, float]) -> str:

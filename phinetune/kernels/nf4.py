@@ -92,6 +92,10 @@ class FourBitWeight(QuantisedWeight):
     def input_gradient(self, dy_TN: Tensor) -> Tensor:
         return product(dy_TN.to(self.compute_dtype), self.dequantise(self.compute_dtype)).to(dy_TN.dtype)
 
+    def cast(self, plain_NK: Tensor) -> "FourBitWeight":
+        """Quantising again would change the numbers, in silence."""
+        raise RuntimeError("a 4-bit weight has its dtype for good: load the model in another, or dequantise it")
+
     def quantised_alike(self, plain_NK: Tensor) -> "FourBitWeight":
         return quantise(
             plain_NK, self.quant_type, self.absmax2 is not None, self.compute_dtype, blocksize=self.blocksize

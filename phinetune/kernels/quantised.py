@@ -51,6 +51,10 @@ class QuantisedWeight(Tensor):
         """Plain numbers, quantised as this weight is."""
         raise NotImplementedError
 
+    def cast(self, plain_NK: Tensor) -> Self:
+        """This weight, for it was dequantised to that for a cast, as one that stands for another dtype."""
+        return self.quantised_alike(plain_NK)
+
     # What they have in common ---------------------------------------------------------------------------
 
     @property
@@ -101,9 +105,9 @@ class QuantisedWeight(Tensor):
             return _nn_linear(*args, **(kwargs or {}))
         if func is Tensor.__setitem__ and isinstance(args[0], QuantisedWeight):
             raise RuntimeError(f"a quantised weight {READ_ONLY}")
-        if func is SET_DATA:  # what nn.Module.to(dtype) does: the weight stays quantised and stands for another dtype
+        if func == SET_DATA:  # what nn.Module.to(dtype) does: the weight stays quantised and stands for another dtype
             weight, data = args
-            given = data if isinstance(data, QuantisedWeight) else weight.quantised_alike(data)
+            given = data if isinstance(data, QuantisedWeight) else weight.cast(data)
             for name, kept in {**given.parts, **given.settings}.items():
                 setattr(weight, name, kept)
             args = (weight, given)

@@ -91,9 +91,9 @@ class Embedding(LoRALayer, nn.Embedding):
         update: Tensor = (thin @ lora_B.T) * self.adapters[adapter_name].scaling
         return update
 
-    def to_base(self) -> nn.Module:
+    def to_base(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Its rows are bounded already where there is a `max_norm`: bounding W + ΔW would be another function."""
-        plain = super().to_base()
+        plain = super().to_base(dtype)
         if self.active_adapters:
             plain.max_norm = None  # type: ignore[assignment]
         return plain

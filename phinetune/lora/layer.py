@@ -354,8 +354,9 @@ class LoRALayer(nn.Module):
         self._merged = None
 
     @torch.no_grad()
-    def merge_weight(self) -> Tensor:
-        """W + Σ weight · ΔW of the active adapters, summed in fp32, rounded once, in the layout of `_base_weight`."""
+    def merge_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W + Σ weight · ΔW of the active adapters, summed in fp32, rounded once, in the layout of `_base_weight`; in
+        W's dtype by default."""
         base = self._weight_to_merge()
         precise = torch.promote_types(base.dtype, torch.float32)
         total = base.dequantise(precise) if isinstance(base, QuantisedWeight) else base.to(precise, copy=True)
@@ -366,7 +367,7 @@ class LoRALayer(nn.Module):
                 scale = self._dora_scale(name).view(shape)
                 delta = scale * (base.to(delta.dtype) + delta) - base.to(delta.dtype)
             total += weight * delta
-        return total.to(base.dtype)
+        return total.to(dtype or base.dtype)
 
     def _weight_to_merge(self) -> Tensor:
         return self._base_weight
@@ -456,8 +457,9 @@ class LoRALayer(nn.Module):
         """An adapter for this layer."""
         return Adapter(**given)
 
-    def to_base(self) -> nn.Module:
-        """A plain layer of the kind that was taken over, with the active adapters folded in."""
+    def to_base(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A plain layer of the kind that was taken over, with the active adapters folded in; in the base's dtype by
+        default."""
         plain = self._plain_type.__new__(self._plain_type)
         _copy_attributes(self, plain)
         for name in [*self.__dict__, *self._parameters, *self._buffers]:
@@ -465,9 +467,10 @@ class LoRALayer(nn.Module):
                 for holder in (plain.__dict__, plain._parameters, plain._buffers):
                     holder.pop(name, None)
         _remove_hook(plain)
-        if self.bias is not None and self.bias.dtype != self.weight.dtype:
-            plain.bias = nn.Parameter(self.bias.detach().to(self.weight.dtype), requires_grad=False)
-        weight = self._to_storage(self.merge_weight() if self.active_adapters else self._base_weight)
+        dtype = dtype or self.weight.dtype
+        if self.bias is not None and self.bias.dtype != dtype:
+            plain.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        weight = self._to_storage(self.merge_weight(dtype) if self.active_adapters else self._base_weight.to(dtype))
         if weight is not self.weight:
             plain.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         return plain

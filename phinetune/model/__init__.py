@@ -4,6 +4,7 @@ from phinetune.model.adapted import adapt_model
 from phinetune.model.family import flat_batches, fused_parts, long_rope_boundary, loss_sum, takes_flat_batches
 from phinetune.model.load import load_config, load_model, load_tokenizer, pick_device, resolve_dtype, revision_of
 from phinetune.model.quantise import dequantise_layers, quantised_layers
+from phinetune.model.stops import stop_ids
 
 __all__ = [
     "adapt_model",
@@ -19,5 +20,6 @@ __all__ = [
     "quantised_layers",
     "resolve_dtype",
     "revision_of",
+    "stop_ids",
     "takes_flat_batches",
 ]

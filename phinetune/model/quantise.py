@@ -54,14 +54,18 @@ def quantise_to_4bit(model: nn.Module, kwargs: ModelKwargs) -> None:
     except ImportError:
         what = "needs bitsandbytes, which is not installed"
         raise ModelError("model_kwargs.load_in_4bit", what, "pip install 'phinetune[qlora]'") from None
-    compute = None if kwargs.bnb_4bit_compute_dtype == "auto" else getattr(torch, kwargs.bnb_4bit_compute_dtype)
     layers = list(_linear_layers(model))
     for _, layer in layers:
-        quantised = nf4.quantise(layer.weight, kwargs.bnb_4bit_quant_type, kwargs.bnb_4bit_use_double_quant, compute)
-        layer.weight = nn.Parameter(quantised, requires_grad=False)
+        layer.weight = nn.Parameter(in_4bit(layer.weight, kwargs), requires_grad=False)
     if not layers:
         what = "none of its layers is an nn.Linear that could be in 4 bits"
         raise ModelError("model_kwargs.load_in_4bit", what, "leave it out for this model")
+
+
+def in_4bit(weight: Tensor, kwargs: ModelKwargs) -> nf4.FourBitWeight:
+    """A weight as the `bnb_4bit_…` settings ask for it."""
+    compute = None if kwargs.bnb_4bit_compute_dtype == "auto" else getattr(torch, kwargs.bnb_4bit_compute_dtype)
+    return nf4.quantise(weight, kwargs.bnb_4bit_quant_type, kwargs.bnb_4bit_use_double_quant, compute)
 
 
 def take_over_4bit(model: nn.Module) -> int:

@@ -22,7 +22,20 @@ def test_the_verbs_are_those_that_work():
     shown = phinetune("--help").stdout
     verbs = [line.split()[1] for line in shown.splitlines() if line.startswith("│ ") and line[2:3].isalpha()]
     assert verbs == [
-        *("demo", "init", "train", "verify-resume", "plan", "explain", "evaluate", "report", "doctor", "chat", "data"),
+        *(
+            "demo",
+            "init",
+            "train",
+            "verify-resume",
+            "plan",
+            "explain",
+            "evaluate",
+            "merge",
+            "report",
+            "doctor",
+            "chat",
+            "data",
+        ),
     ]
     assert all(phinetune(verb, "--help").returncode == 0 for verb in verbs)
 

@@ -91,6 +91,9 @@ def test_copies_stay_in_4_bits():
     assert torch.equal(layer.weight + 0, plain)
     with pytest.raises(RuntimeError, match="can't be written to"):
         layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="has its dtype for good"):
+        layer.to(torch.float64)
+    assert torch.equal(layer.to("cpu").weight.dequantise(), plain)
 
 
 def in_4bit(family, **kwargs):

@@ -1,0 +1,172 @@
+"""An adapter folded into its base for good: a folder that anything reads which reads the base.
+
+Layer by layer: W + ΔW in fp32, rounded once.  The base's weights lie in their mapped files, and what is merged is
+written as soon as a shard is full, so memory holds a shard and a layer, never the model.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from phinetune.adapter.peft_format import read_adapter
+from phinetune.adapter.tuned import load_tuned
+from phinetune.disk import check_room, flush, naming_full_disk
+from phinetune.errors import AdapterError
+from phinetune.kernels.quantised import QuantisedWeight
+from phinetune.lora.layer import LoRALayer
+from phinetune.lora.modules_to_save import ModulesToSaveWrapper
+from phinetune.model import load_config, stop_ids
+from phinetune.model.quantise import in_4bit
+from phinetune.recipe import ModelKwargs
+
+SHARD_BYTES = 10**9
+INDEX = "model.safetensors.index.json"
+
+
+def merge_adapter(
+    folder: str | Path,
+    output: str | Path,
+    kwargs: ModelKwargs,
+    dtype: str = "auto",
+    *,
+    dequantised: bool = False,
+    allow_template_mismatch: bool = False,
+) -> Path:
+    """Writes base + adapter as a plain model, with the run's tokenizer and template and a generation config that stops
+    where turns end.
+
+    Args:
+        folder: of the adapter.
+        output: of the merged model, not there yet.
+        kwargs: where the base is.
+        dtype: of the merged weights; `auto`: that of the base's files.
+        dequantised: onto the base as 4 bits of the kind that `kwargs` names leave it, which is what QLoRA trained on.
+
+    Raises:
+        AdapterError, ModelError: as `load_tuned`, or if `output` is there.
+        RunError: if the disk has no room; nothing is left of the attempt.
+    """
+    output = Path(output)
+    if output.exists():
+        raise AdapterError(str(output), "is there already", "give another output folder, or remove it")
+    as_filed = _as_filed(folder, kwargs)
+    model, tokenizer = load_tuned(folder, as_filed, allow_template_mismatch=allow_template_mismatch)
+    written_in = getattr(torch, as_filed.dtype if dtype == "auto" else dtype)
+    check_room(output, sum(p.numel() for p in model.parameters()) * written_in.itemsize)
+    work = output.with_name(f".tmp-{output.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        with naming_full_disk(output):
+            _write_shards(_merged(model, written_in, kwargs if dequantised else None), work)
+            _describe(model, tokenizer, written_in, work)
+            for path in work.iterdir():
+                flush(path)
+            work.rename(output)
+            flush(output.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return output
+
+
+def _as_filed(folder: str | Path, kwargs: ModelKwargs) -> ModelKwargs:
+    """The base in the dtype of its files, so that its weights stay mapped."""
+    base = read_adapter(folder)[0].get("base_model_name_or_path")
+    own = getattr(load_config(base, kwargs), "dtype", None) if base else None
+    update = {"load_in_4bit": False, "load_in_8bit": False, "dtype": str(own or "bfloat16").removeprefix("torch.")}
+    return kwargs.model_copy(update=update)
+
+
+@torch.no_grad()
+def _merged(model: Any, dtype: torch.dtype, four_bit: ModelKwargs | None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the plain model's state dict, one at a time."""
+    head, inside = model.get_output_embeddings(), ""
+    for path, module in model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        if isinstance(module, ModulesToSaveWrapper):
+            inside, own = f"{path}.", module.active_module.state_dict()
+        elif module is head and is_tied(model):
+            continue
+        else:
+            goes_through = four_bit if isinstance(module, nn.Linear) and module is not head else None
+            own = _own_tensors(module, dtype, goes_through)
+        for name, tensor in own.items():
+            plain = tensor.dequantise(dtype) if isinstance(tensor, QuantisedWeight) else tensor
+            yield f"{path}.{name}".lstrip("."), plain.to(dtype) if plain.is_floating_point() else plain
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head is the embedding table, in the merged model too."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    touched = any(isinstance(module, LoRALayer | ModulesToSaveWrapper) for module in (head, table))
+    return head is not None and not touched and head.weight is table.weight
+
+
+def _own_tensors(module: nn.Module, dtype: torch.dtype, four_bit: ModelKwargs | None) -> dict[str, Tensor]:
+    """What a module holds itself, without its children, and what is saved of it; adapters folded in."""
+    weight: Any = module._parameters.get("weight")
+    if four_bit is not None and not isinstance(weight, QuantisedWeight):
+        module._parameters["weight"] = nn.Parameter(in_4bit(weight, four_bit), requires_grad=False)
+    plain = module.to_base(dtype) if isinstance(module, LoRALayer) else module
+    own = {name: parameter.detach() for name, parameter in plain._parameters.items() if parameter is not None}
+    if four_bit is not None:
+        module._parameters["weight"] = weight  # the mapped one again
+    kept = plain._buffers.keys() - plain._non_persistent_buffers_set
+    return own | {name: buffer for name, buffer in plain._buffers.items() if name in kept and buffer is not None}
+
+
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Files of `SHARD_BYTES` as they fill up, and their index."""
+    weight_map: dict[str, str] = {}
+    total, shards = 0, 0
+    shard: dict[str, Tensor] = {}
+
+    def write() -> None:
+        nonlocal shards
+        shards += 1
+        name = f"shard-{shards}"
+        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for key, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            write()
+        shard[key] = tensor
+        total += tensor.nbytes
+    write()
+    final = {
+        f"shard-{n}": "model.safetensors" if shards == 1 else f"model-{n:05}-of-{shards:05}.safetensors"
+        for n in range(1, shards + 1)
+    }
+    for name, called in final.items():
+        (folder / name).rename(folder / called)
+    if shards > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: final[name] for key, name in weight_map.items()},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _describe(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
+    """config.json, generation_config.json, tokenizer and template: what plain transformers needs, and no code."""
+    config, generation = model.config, model.generation_config
+    config.dtype, config.use_cache = dtype, True
+    config.tie_word_embeddings = is_tied(model)
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    config.save_pretrained(folder)
+    generation.eos_token_id = stop_ids(model, tokenizer)
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,205 @@
+"""Merged folders: read by plain transformers without PEFT or phinetune, they answer as adapter and base did."""
+
+import json
+import subprocess
+import sys
+
+import commands
+import peft
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from conftest import draw_lora_B, relative_error, tiny_config
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from phinetune import lora
+from phinetune.adapter import merge, merge_adapter, save_adapter
+from phinetune.errors import AdapterError
+from phinetune.model import adapt_model, load_model
+from phinetune.recipe import ModelKwargs, PeftConfig
+
+IDS = torch.arange(5, 45)[None]
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+chat = [{"role": "user", "content": "What is 3 plus 4?"}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist())
+print(sorted(name for name in sys.modules if name in ("peft", "phinetune", "bitsandbytes")))
+"""
+
+
+@pytest.fixture(scope="module")
+def phi3_folder(tmp_path_factory, smollm2_tokenizer):
+    folder = tmp_path_factory.mktemp("phi3")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("phi3"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1 if parameter.ndim == 1 else 0, 0.15)
+    model.save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapter(folder, base, kwargs=None, **settings):
+    """An adapter whose B isn't 0, and the model it is on."""
+    folder.mkdir()
+    model = load_model(str(base), kwargs or ModelKwargs(dtype="float32"))
+    adapt_model(model, PeftConfig(r=4, **settings), seed=1)
+    draw_lora_B(model, std=0.1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    save_adapter(model, folder, str(base))
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits.float()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"target_modules": ["q_proj", "up_proj", "lm_head"]},
+        {"use_dora": True},
+        {"bias": "all", "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "o_proj"]},
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_in_float32_it_computes_the_same(tmp_path, tiny_llama_folder, phi3_folder, family, settings):
+    base = tiny_llama_folder if family == "llama" else phi3_folder
+    tuned = adapter(tmp_path / "adapter", base, **settings)
+    expected = logits(tuned)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs(), "float32")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.dtype == torch.float32
+    assert relative_error(logits(plain), expected) < 1e-5
+    with lora.disabled(tuned):
+        assert relative_error(logits(tuned), expected) > 1e-3, "the adapter does something"
+
+
+def test_it_is_rounded_once(tmp_path, phi3_folder):
+    """Against PEFT's own merge, done in float32 and rounded afterwards."""
+    adapter(tmp_path / "adapter", phi3_folder)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs())
+    plain = AutoModelForCausalLM.from_pretrained(phi3_folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload()
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert ours.dtype == torch.bfloat16
+    expected = theirs.state_dict()
+    for name, tensor in ours.state_dict().items():
+        # The sum's order in fp32 may move a number over the edge between two of bfloat16.
+        assert (tensor != expected[name].bfloat16()).float().mean() < 1e-3, name
+
+
+def test_plain_transformers_answers_and_stops_as_the_tuned_model(tmp_path, tiny_llama_folder):
+    tuned = adapter(tmp_path / "adapter", tiny_llama_folder)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs())
+    command = [sys.executable, "-c", PLAIN, str(tmp_path / "merged")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said[1] == "[]", "no PEFT, no phinetune"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    chat = [{"role": "user", "content": "What is 3 plus 4?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    expected = tuned.generate(**ids, max_new_tokens=12, do_sample=False, eos_token_id=[1, 2], pad_token_id=2)
+    assert json.loads(said[0]) == expected[0, ids["input_ids"].shape[1] :].tolist()
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [1, 2]
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["use_cache"]
+    assert config["tie_word_embeddings"]
+    assert not {"auto_map", "quantization_config"} & config.keys()
+
+
+def test_phi3_stops_where_its_turns_end(tmp_path, phi3_tokenizer):
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(
+        tiny_config("phi3", vocab_size=32064, eos_token_id=32000), dtype=torch.bfloat16
+    ).save_pretrained(base)
+    phi3_tokenizer.save_pretrained(base)
+    adapter(tmp_path / "adapter", base)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs())
+    generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [32000, 32001, 32007]
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == phi3_tokenizer.chat_template
+
+
+def test_shards(tmp_path, tiny_llama_folder, monkeypatch):
+    monkeypatch.setattr(merge, "SHARD_BYTES", 200_000)
+    adapter(tmp_path / "adapter", tiny_llama_folder)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs())
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    for shard in shards:
+        with safe_open(tmp_path / "merged" / shard, "pt") as file:
+            assert {index["weight_map"][key] for key in file.keys()} == {shard}  # noqa: SIM118
+    monkeypatch.undo()
+    merge_adapter(tmp_path / "adapter", tmp_path / "whole", ModelKwargs())
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("merged", "whole"))
+    assert torch.equal(logits(one), logits(other))
+
+
+def test_an_adapter_on_4_bits_merges_onto_either_base(tmp_path, phi3_folder):
+    """Against PEFT on transformers' model, whose linear layers are quantised and dequantised by bitsandbytes."""
+    four_bit = ModelKwargs(dtype="bfloat16", load_in_4bit=True, bnb_4bit_compute_dtype="float32")
+    tuned, far = adapter(tmp_path / "adapter", phi3_folder, four_bit), {}
+    for name, dequantised in (("dequantised", True), ("base", False)):
+        merge_adapter(tmp_path / "adapter", tmp_path / name, four_bit, "float32", dequantised=dequantised)
+        oracle = AutoModelForCausalLM.from_pretrained(phi3_folder, dtype=torch.bfloat16)
+        for module in oracle.modules() if dequantised else ():
+            if isinstance(module, torch.nn.Linear) and module is not oracle.lm_head:
+                codes, state = quantize_4bit(module.weight.detach(), quant_type="nf4", compress_statistics=True)
+                module.weight.data = dequantize_4bit(codes, state)
+        expected = logits(peft.PeftModel.from_pretrained(oracle.float(), tmp_path / "adapter"))
+        merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+        assert relative_error(merged, expected) < 1e-4
+        far[name] = relative_error(merged, logits(tuned))
+    assert far["dequantised"] < far["base"] / 5, "what was tuned computes in bfloat16 between its layers"
+
+
+def test_from_the_command_line_the_better_base_is_picked(tmp_path, phi3_folder, chats):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {phi3_folder}\nmodel_kwargs: {{load_in_4bit: true, dtype: bfloat16}}\n"
+        f"data: {{train: {chats}, eval: 0.1}}\n"
+        f"training_config: {{output_dir: {tmp_path / 'run'}, max_steps: 4, learning_rate: 1.0e-2, use_cpu: true}}\n"
+    )
+    assert commands.phinetune("train", recipe).returncode == 0
+    merged = commands.phinetune("merge", tmp_path / "run")
+    assert merged.returncode == 0, merged.stderr
+    losses = {
+        line.split(":")[0].removeprefix("held-out loss on "): float(line.split()[-1])
+        for line in merged.stdout.splitlines()[:2]
+    }
+    best = min(losses, key=losses.get)
+    assert ("onto the dequantised base" in merged.stdout) == (best == "the base as 4 bits leave it")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run-merged").dtype == torch.bfloat16
+    again = commands.phinetune("merge", tmp_path / "run")
+    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    wrong = commands.phinetune("merge", tmp_path / "run", "--onto", "nothing")
+    assert (wrong.returncode, "give one of auto, base, dequantised" in wrong.stderr) == (2, True)
+
+
+def test_what_stands_in_the_way_is_said_and_nothing_is_left(tmp_path, tiny_llama_folder, monkeypatch):
+    adapter(tmp_path / "adapter", tiny_llama_folder)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(AdapterError, match="is there already"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs())
+
+    def save_file(*given, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merge, "save_file", save_file)
+    with pytest.raises(Exception, match="no space"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "other", ModelKwargs())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
