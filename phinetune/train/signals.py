@@ -8,6 +8,7 @@
 A second signal ends the process as if nobody listened; what is half written then is removed by the next run.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -31,9 +32,13 @@ class Interrupted(BaseException):
 class Signals:
     """What has been caught; `deferred` while work is done that is to be finished first."""
 
-    def __init__(self) -> None:
+    def __init__(self, arrived: int | None = None) -> None:
+        """
+        Args:
+            arrived: a pipe's end, from which a byte is read for each signal that has come.
+        """
         self.caught: int | None = None
-        self._deferred = 0
+        self._deferred, self._arrived = 0, arrived
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -53,6 +58,8 @@ class Signals:
         self.caught = number
         for listened in LISTENED_TO:  # the next one isn't Python's to delay
             signal.signal(listened, signal.SIG_DFL)
+        if self._came() > 1:  # two in one long call of a library, of which Python tells once
+            os.kill(os.getpid(), number)
         with suppress(
             RuntimeError
         ):  # the signal came in the middle of such a write; a logger could be imported just now
@@ -60,6 +67,14 @@ class Signals:
             print(f"{name}: stopping; a second signal stops at once, without a checkpoint", file=sys.stderr)
         if not self._deferred:
             raise Interrupted(number)
+
+    def _came(self) -> int:
+        """How many of the signals listened to there were since the last look."""
+        try:
+            numbers = os.read(self._arrived, 1 << 16) if self._arrived is not None else b""
+        except BlockingIOError:
+            numbers = b""
+        return sum(number in LISTENED_TO for number in numbers)
 
 
 @contextmanager
@@ -69,10 +84,15 @@ def listening() -> Iterator[Signals]:
     Raises:
         Stopped: where one ended the block before there was anything to keep.
     """
-    signals, before = Signals(), {}
+    before: dict[signal.Signals, Any] = {}
+    arrived, arrives = os.pipe()
+    for end in (arrived, arrives):
+        os.set_blocking(end, False)
+    signals, woken = Signals(arrived), None
     try:
         for listened in LISTENED_TO:
             before[listened] = signal.signal(listened, signals.note)
+        woken = signal.set_wakeup_fd(arrives, warn_on_full_buffer=False)
     except ValueError:  # not the main thread
         pass
     try:
@@ -83,7 +103,11 @@ def listening() -> Iterator[Signals]:
             "train", what, "start it again, with --resume where the run has begun", interrupted.number
         ) from None
     finally:
+        if woken is not None:
+            signal.set_wakeup_fd(woken)
         _put_back(before)
+        os.close(arrived)
+        os.close(arrives)
 
 
 def _put_back(handlers: dict[signal.Signals, Any]) -> None:

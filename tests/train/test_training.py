@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -302,3 +306,29 @@ def test_a_step_without_targets_is_an_error():
     settings = {"learning_rate": 1e-2, "max_grad_norm": 1.0, "max_batch_tokens": 100, "seed": (0,)}
     with pytest.raises(ValueError, match="no token of the step's rows is supervised"):
         training_step(model, make_optimizer(model, TrainingConfig(), PeftConfig()), rows, **settings)
+
+
+LONG_CALL = """
+import sys
+from phinetune.train.signals import listening
+
+with listening() as signals, signals.deferred():
+    print("begun", flush=True)
+    sum(range(int(sys.argv[1])))  # looks at no signal before it ends
+    print("went on")
+"""
+
+
+def test_two_signals_in_one_long_call_end_the_process():
+    """Python tells of them once, when the call is over."""
+    begin = time.perf_counter()
+    sum(range(10**7))
+    enough = int(10**7 * 1.5 / (time.perf_counter() - begin))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen([sys.executable, "-c", LONG_CALL, str(enough)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "begun\n"
+        for _ in range(2):
+            time.sleep(0.2)
+            process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
+        assert (process.returncode, rest) == (-number, "")
