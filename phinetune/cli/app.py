@@ -230,6 +230,23 @@ def merge(
 
 
 @app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run's output folder.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.")],
+    merged: Annotated[Path | None, typer.Option(help="Push this merged model of the run, not its adapter.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
+    token: Annotated[str | None, typer.Option(help="Access token; HF_TOKEN by default.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the model card and what would go; push nothing.")
+    ] = False,
+) -> None:
+    """Put an adapter, or a merged model, on the Hub with a model card filled from the run."""
+    from phinetune.cli.push import run_push
+
+    run_push(run, repository, merged, private, token, dry_run)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of runs.")],
     output: Annotated[

@@ -21,7 +21,7 @@ def write_report(folder: Path) -> Path:
         RunError: if the disk is full.
     """
     run = read_run(folder)
-    page = _render(
+    page = render(
         "run.html.jinja",
         run=run,
         charts=[chart for chart in _charts([run]) if chart],
@@ -45,7 +45,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> None:
     settings = dict.fromkeys(name for run in runs for name in run.settings)
     values = {setting: [run.settings.get(setting) for run in runs] for setting in settings}
     differing = {setting: found for setting, found in values.items() if any(value != found[0] for value in found)}
-    page = _render(
+    page = render(
         "comparison.html.jinja",
         runs=list(zip(names, runs, strict=True)),
         charts=[chart for chart in _charts(runs, names) if chart],
@@ -91,12 +91,13 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, escaped: bool = True, **values: Any) -> str:
+    """One of the room's templates, filled; `escaped` for HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("phinetune.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("phinetune.report"), autoescape=escaped, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"number": _number, "exact": _exact}
     return environment.get_template(template).render(**values)
