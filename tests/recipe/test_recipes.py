@@ -183,3 +183,54 @@ def test_every_setting_has_a_docstring():
                 if isinstance(statement, ast.AnnAssign):
                     said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                     assert said, f"{node.name}.{ast.unparse(statement.target)}"
+
+
+# The shapes of the models that the shipped recipes name, from their configurations on the Hub.
+MINI = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+SHAPES = {
+    "microsoft/Phi-3-mini-4k-instruct": ("phi3", {**MINI, "num_attention_heads": 32}),
+    "microsoft/Phi-3-mini-128k-instruct": ("phi3", {**MINI, "num_attention_heads": 32}),
+    "microsoft/Phi-3.5-mini-instruct": ("phi3", {**MINI, "num_attention_heads": 32}),
+    "microsoft/Phi-3-medium-4k-instruct": (
+        "phi3",
+        {"vocab_size": 32064, "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40}
+        | {"num_attention_heads": 40, "num_key_value_heads": 10},
+    ),
+    "microsoft/Phi-4-mini-instruct": (
+        "phi3",
+        MINI | {"vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    ),
+    "meta-llama/Llama-3.2-1B-Instruct": (
+        "llama",
+        {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": (
+        "qwen2",
+        {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+        | {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "smollm2": (
+        "llama",
+        {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*_*.yaml")), ids=lambda path: path.name)
+def test_the_memory_that_a_shipped_recipe_names_is_that_of_its_model(path):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe, _ = load_recipe(path)
+    family, shape = SHAPES[recipe.model]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{"pad_token_id": 0, **shape}))
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    # Half a byte a number; a byte for the scale of 64 of them, and four for that of 256 scales.
+    four_bit = linear * (0.5 + 1 / 64 + 4 / (64 * 256)) - 2 * linear if recipe.model_kwargs.load_in_4bit else 0
+    said = float(path.read_text().partition("# Weights: ")[2].split()[0])
+    assert said == pytest.approx((2 * model.num_parameters() + four_bit) / 1e9, abs=0.006)
+    assert f"recipes/{path.name}" in path.read_text()
