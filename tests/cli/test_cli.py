@@ -21,22 +21,8 @@ def test_help_answers_at_once():
 def test_the_verbs_are_those_that_work():
     shown = phinetune("--help").stdout
     verbs = [line.split()[1] for line in shown.splitlines() if line.startswith("│ ") and line[2:3].isalpha()]
-    assert verbs == [
-        *(
-            "demo",
-            "init",
-            "train",
-            "verify-resume",
-            "plan",
-            "explain",
-            "evaluate",
-            "merge",
-            "report",
-            "doctor",
-            "chat",
-            "data",
-        ),
-    ]
+    before, after = ["demo", "init", "train", "verify-resume", "plan", "explain"], ["report", "doctor", "chat", "data"]
+    assert verbs == [*before, "evaluate", "merge", "push", *after]
     assert all(phinetune(verb, "--help").returncode == 0 for verb in verbs)
 
 
