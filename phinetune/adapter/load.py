@@ -56,16 +56,7 @@ def load_adapter(
         faults += _misplaced(model, others, config)
         with bounded(PATTERN_SECONDS, PATTERN_BYTES):
             settings = {n: _settings(n, modules[n], layers[n], config, fused or {}) for n in layers if n in fitting}
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        ZeroDivisionError,
-        OverflowError,
-        MemoryError,
-        re.error,
-        TimeoutError,
-    ) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, re.error, TimeoutError) as error:
         what = f"{CONFIG_FILE} can't be used ({error})"
         raise AdapterError(str(folder), what, "save the adapter again") from None
     before, there = lora.active_adapters(model), lora.adapter_names(model)

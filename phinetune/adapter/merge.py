@@ -22,11 +22,11 @@ from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper
 from phinetune.model import load_config, stop_ids
+from phinetune.model.files import INDEX
 from phinetune.model.quantise import in_4bit
 from phinetune.recipe import ModelKwargs
 
 SHARD_BYTES = 10**9
-INDEX = "model.safetensors.index.json"
 
 
 def merge_adapter(

@@ -7,11 +7,12 @@ from phinetune.adapter.peft_format import CHAT_FORMAT_FILE, CONFIG_FILE, TENSOR_
 from phinetune.disk import write_text
 from phinetune.errors import InputError, RunError
 from phinetune.hub import hub_answers
+from phinetune.model.files import CONFIG, INDEX
 
 CARD = "README.md"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 ADAPTER = (CONFIG_FILE, TENSOR_FILE, CHAT_FORMAT_FILE, *TOKENIZER)
-MERGED = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER)
+MERGED = (CONFIG, "generation_config.json", "model*.safetensors", INDEX, *TOKENIZER)
 
 
 def files_to_publish(folder: Path) -> list[Path]:
@@ -20,7 +21,7 @@ def files_to_publish(folder: Path) -> list[Path]:
     Raises:
         InputError: if it is neither.
     """
-    for needed, patterns in ((CONFIG_FILE, ADAPTER), ("config.json", MERGED)):
+    for needed, patterns in ((CONFIG_FILE, ADAPTER), (CONFIG, MERGED)):
         if (folder / needed).is_file():
             return sorted({path for pattern in patterns for path in folder.glob(pattern)})
     raise InputError(str(folder), "holds neither an adapter nor a merged model", "give a run, or what merge wrote")

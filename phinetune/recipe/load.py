@@ -205,7 +205,8 @@ def _say(fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "missing":
         return f"{path} is missing"
-    return f"{path}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    given = "" if isinstance(fault["input"], Mapping) else f"={fault['input']!r}"  # a whole section may hold a token
+    return f"{path}{given}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -230,12 +230,9 @@ def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """{parameter.exp_avg: …, parameter.exp_avg_sq: …, parameter.step: …}, as the optimiser calls them"""
-    shared = ("qmap",)  # bitsandbytes' tables, one for all parameters; safetensors writes each name's own
+    # bitsandbytes' tables (qmap) are one for all parameters, and safetensors writes no tensor under two names.
     return {
-        f"{name}.{key}": (value.clone() if key.startswith(shared) else torch.as_tensor(value))
-        .detach()
-        .cpu()
-        .contiguous()
+        f"{name}.{key}": torch.as_tensor(value).detach().to("cpu", copy=key.startswith("qmap")).contiguous()
         for name, parameter in trainable_parameters(model).items()
         for key, value in optimizer.state[parameter].items()
     }

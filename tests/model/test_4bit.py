@@ -205,5 +205,7 @@ def test_a_quantization_config_is_read():
         assert kwargs.bnb_4bit_compute_dtype == "bfloat16"
         assert len(words) == 1
         assert "llm_int8_threshold" in words[0]
-    with pytest.raises(RecipeError, match="can't both be true"):
-        make_recipe({"model": "a", "data": {"train": "b"}, "model_kwargs": {"load_in_4bit": 1, "load_in_8bit": 1}})
+    both = {"load_in_4bit": True, "load_in_8bit": True, "token": "hf_secret"}
+    with pytest.raises(RecipeError, match="can't both be true") as error:
+        make_recipe({"model": "a", "data": {"train": "b"}, "model_kwargs": both})
+    assert "hf_secret" not in str(error.value)
