@@ -8,6 +8,8 @@
         training_config={"output_dir": "runs/mine", "num_train_epochs": 3},
         peft_config={"r": 16, "lora_alpha": 32},
     )
+    model, tokenizer = phinetune.load(result.folder)  # for transformers' generate and pipeline
+    phinetune.merge(result.folder)  # a plain model
 
 For other trainers, `model = phinetune.accelerate(model)`.  The LoRA layers alone: `import phinetune.lora as lora`.
 """
@@ -16,20 +18,25 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "accelerate", "finetune"]
+__all__ = ["__version__", "accelerate", "finetune", "load", "merge", "model_card", "push"]
 
 if TYPE_CHECKING:
-    from phinetune.api import finetune
+    from phinetune.api import finetune, load, merge, push
     from phinetune.model.accelerate import accelerate
+    from phinetune.report import model_card
 
 
 def __getattr__(name: str) -> Any:  # heavy imports wait until they are needed
-    if name == "finetune":
-        from phinetune.api import finetune
-
-        return finetune
     if name == "accelerate":
         from phinetune.model.accelerate import accelerate
 
         return accelerate
+    if name == "model_card":
+        from phinetune.report import model_card
+
+        return model_card
+    if name in __all__:
+        from phinetune import api
+
+        return getattr(api, name)
     raise AttributeError(f"module 'phinetune' has no attribute {name!r}")

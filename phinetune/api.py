@@ -1,11 +1,24 @@
-"""phinetune from Python: one call, with paths or objects."""
+"""phinetune from Python: fine-tune, load, merge and push, with paths or objects."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phinetune.recipe import DataSource, make_recipe
+from phinetune.adapter import (
+    check_repository,
+    files_to_publish,
+    is_adapter,
+    load_tuned,
+    merge_adapter,
+    publish,
+    recipe_of,
+)
+from phinetune.errors import RecipeError
+from phinetune.evaluate import dequantised_is_better
+from phinetune.model import load_model, load_tokenizer, pick_device, stop_ids
+from phinetune.recipe import DataSource, ModelKwargs, make_model_kwargs, make_recipe
+from phinetune.report import model_card
 from phinetune.train import Result
 from phinetune.train import train as train_recipe
 
@@ -61,6 +74,111 @@ def finetune(
         rehearsal=rehearsal,
         words=words,
     )
+
+
+def load(source: str | Path, *, allow_template_mismatch: bool = False, **model_kwargs: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of a base model or of a run, for transformers' own `generate` and `pipeline`.
+
+    The model is in evaluation mode, and its generation config stops where the template's turns end.
+
+    Args:
+        source: a run's output folder, a checkpoint or another adapter folder; or a model, as in `finetune`.
+        allow_template_mismatch: even with another chat template than the adapter was tuned with.
+        **model_kwargs: as in a recipe; by default those that the run was tuned with.
+
+    Raises:
+        phinetune.errors.InputError: if it can't be had.
+    """
+    if is_adapter(source):
+        recipe = recipe_of(Path(source))
+        kwargs = make_model_kwargs(model_kwargs, recipe.model_kwargs if recipe else ModelKwargs())
+        model, tokenizer = load_tuned(source, kwargs, allow_template_mismatch=allow_template_mismatch)
+    else:
+        kwargs = make_model_kwargs(model_kwargs, ModelKwargs())
+        tokenizer = load_tokenizer(str(source), kwargs)
+        model = load_model(str(source), kwargs, pick_device(use_cpu=False))
+    stops = stop_ids(model, tokenizer)
+    model.generation_config.update(eos_token_id=stops, pad_token_id=stops[0], use_cache=True)
+    return model, tokenizer
+
+
+MERGED_DTYPES = ("auto", "bfloat16", "float16", "float32")
+ONTO = ("auto", "base", "dequantised")
+
+
+def merge(
+    run: str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    onto: str = "auto",
+    data: str | None = None,
+    allow_template_mismatch: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Folds an adapter into its base: a folder that plain transformers loads. Returns that folder.
+
+    Args:
+        run: a run's output folder, a checkpoint, or another adapter folder.
+        output: a new folder; `RUN-merged` by default.
+        dtype: what is rounded to, once: auto (that of the base's files), bfloat16, float16 or float32.
+        onto: of a run with `load_in_4bit`: base (as it was), dequantised (as 4 bits leave it), or auto, the better one
+            by the held-out loss.
+        data: held-out chats for that; the run's own by default.
+        overwrite: replaces a merged model that is there.
+        say: is told the losses, and what was written.
+
+    Raises:
+        phinetune.errors.PhinetuneError: what it says.
+    """
+    for option, value, known in (("onto", onto, ONTO), ("dtype", dtype, MERGED_DTYPES)):
+        if value not in known:
+            raise RecipeError(option, f"is {value!r}", f"give one of {', '.join(known)}")
+    run = Path(run)
+    recipe = recipe_of(run)
+    kwargs = recipe.model_kwargs if recipe else ModelKwargs()
+    if onto == "dequantised" and not kwargs.load_in_4bit:
+        raise RecipeError("onto dequantised", "this run's base was not in 4 bits", "leave it out")
+    dequantised = onto == "dequantised"
+    if onto == "auto" and recipe is not None and kwargs.load_in_4bit:
+        dequantised = dequantised_is_better(run, recipe, data, allow_template_mismatch, say)
+    folder = merge_adapter(
+        run,
+        output or run.with_name(f"{run.name}-merged"),
+        kwargs,
+        dtype,
+        dequantised=dequantised,
+        allow_template_mismatch=allow_template_mismatch,
+        overwrite=overwrite,
+    )
+    say(f"wrote {folder}, onto the {'dequantised base' if dequantised else 'base'}")
+    return folder
+
+
+def push(
+    run: str | Path,
+    repository: str,
+    *,
+    merged: str | Path | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Puts a run's adapter, or its merged model, on the Hub with a model card. Returns its address.
+
+    Args:
+        repository: owner/name.
+        merged: the folder that `merge` wrote, to push in place of the adapter.
+        private: makes a repository that only you see.
+        token: access token; HF_TOKEN by default.
+
+    Raises:
+        phinetune.errors.PhinetuneError: without a token or the Hub, or if that refuses.
+    """
+    check_repository(repository)
+    folder = Path(merged or run)
+    card = model_card(run, repository, merged=merged is not None)
+    return publish(folder, files_to_publish(folder), card, repository, private, token)
 
 
 def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:

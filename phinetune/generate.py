@@ -1,7 +1,8 @@
-"""Answers from a model: greedy and batched for evaluation, streamed for a person."""
+"""Answers from a model: batched for evaluation, streamed for a person."""
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
 
+# Greedy means greedy, whatever the model's own generation config adds.
+GREEDY: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 MIN_SHARED_PREFIX = 16  # tokens: below this, a prompt's common beginning isn't worth a pass of its own
 
 
@@ -27,44 +30,51 @@ def answers(
     max_new_tokens: int,
     batch_size: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
+    sampling: Mapping[str, Any] = GREEDY,
+    seed: int = 0,
 ) -> list[str]:
-    """Greedy answers to prompts (`Renderer.prompt_ids`), in their order.
+    """Answers to prompts (`Renderer.prompt_ids`), in their order.
 
     Prompts of similar length are answered together, and a beginning that all of a batch share (the system
     message) is computed once.  `on_progress` is told how many more are done.
+
+    Args:
+        sampling: `EvaluationConfig.sampling`, by the names of GenerationConfig.
+        seed: of what is drawn; torch's own generator is left as it was.
     """
     stops = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     boundary = long_rope_boundary(model.config)
     longer = sum(boundary is not None and len(prompt) + max_new_tokens > boundary for prompt in prompts)
-    for chunk in [c for side in (order[:longer], order[longer:]) for c in _batches(side, batch_size)]:
-        said = _in_memory(model, [prompts[i] for i in chunk], stops, max_new_tokens)
-        for i, ids in zip(chunk, said, strict=True):
-            texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
-        on_progress(len(chunk))
+    groups = [order[:longer], order[longer:]]  # what needs other factors is never answered together
+    if sampling["repetition_penalty"] != 1 or sampling["no_repeat_ngram_size"]:  # padding would count as said before
+        groups = [[*alike] for _, alike in itertools.groupby(order, key=lambda i: len(prompts[i]))]
+    settings = {**sampling, "max_new_tokens": max_new_tokens, "eos_token_id": stops, "pad_token_id": stops[0]}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for chunk in [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]:
+            said = _in_memory(model, [prompts[i] for i in chunk], settings)
+            for i, ids in zip(chunk, said, strict=True):
+                texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+            on_progress(len(chunk))
     return texts
 
 
-def _batches(places: list[int], size: int) -> list[list[int]]:
-    """Prompts on the two sides of LongRoPE's boundary, which need other factors, never get here together."""
-    return [places[start : start + size] for start in range(0, len(places), size)]
-
-
-def _in_memory(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
-    """`_greedy`, of half the prompts at a time once memory is refused."""
+def _in_memory(model: Any, prompts: Sequence[list[int]], settings: dict[str, Any]) -> list[list[int]]:
+    """`_generate`, of half the prompts at a time once memory is refused."""
     try:
-        return _greedy(model, prompts, stops, max_new_tokens)
+        return _generate(model, prompts, settings)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(prompts) == 1:
             raise
     half = len(prompts) // 2
     log.warning(f"answers: memory was refused for {len(prompts)} prompts at once: going on with {half}")
     parts = prompts[:half], prompts[half:]
-    return [ids for part in parts for ids in _in_memory(model, part, stops, max_new_tokens)]
+    return [ids for part in parts for ids in _in_memory(model, part, settings)]
 
 
-def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
+def _generate(model: Any, prompts: Sequence[list[int]], settings: dict[str, Any]) -> list[list[int]]:
     """New ids of each prompt, without the token that ended it.
 
     Prompts are padded behind their shared beginning, so that its keys and values serve all of them:
@@ -72,11 +82,10 @@ def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_
         ids   [ s s s _ a a ]      mask  [ 1 1 1 0 1 1 ]      s: shared, computed once
               [ s s s b b b ]            [ 1 1 1 1 1 1 ]
     """
-    width = max(map(len, prompts))
+    width, stops, pad = max(map(len, prompts)), settings["eos_token_id"], settings["pad_token_id"]
     window = getattr(model.config, "sliding_window", None)
     # Padding in the middle would take places in a sliding window.
-    shared = 0 if window and width + max_new_tokens > window else _shared_prefix(prompts)
-    pad = stops[0]
+    shared = 0 if window and width + settings["max_new_tokens"] > window else _shared_prefix(prompts)
     ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
     mask = torch.tensor(
         [[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=model.device
@@ -86,18 +95,7 @@ def _greedy(model: Any, prompts: Sequence[list[int]], stops: list[int], max_new_
         cache = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(prompts))
     with _contiguous_head(model):
-        out: Tensor = model.generate(
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,  # greedy means greedy, whatever the model's generation config adds
-            no_repeat_ngram_size=0,
-            use_cache=True,
-            eos_token_id=stops,
-            pad_token_id=pad,
-        )
+        out: Tensor = model.generate(ids, attention_mask=mask, past_key_values=cache, use_cache=True, **settings)
     rows = out[:, width:].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 

@@ -7,7 +7,7 @@ from phinetune import lora
 from phinetune.data import Renderer
 from phinetune.generate import answers, stream
 from phinetune.model import load_model, stop_ids
-from phinetune.recipe import ModelKwargs
+from phinetune.recipe import ModelKwargs, make_recipe
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +57,15 @@ def test_prompts_for_which_memory_is_refused_are_answered_in_halves(smollm2, smo
     from phinetune import generate
 
     asked = prompts(smollm2_tokenizer, "Be brief.")
-    whole, real, sizes = answers(smollm2, smollm2_tokenizer, asked, 4), generate._greedy, []
+    whole, real, sizes = answers(smollm2, smollm2_tokenizer, asked, 4), generate._generate, []
 
-    def greedy(model, prompts, *given):
+    def generated(model, prompts, *given):
         sizes.append(len(prompts))
         if len(prompts) > 1:
             raise MemoryError("refused")
         return real(model, prompts, *given)
 
-    monkeypatch.setattr(generate, "_greedy", greedy)
+    monkeypatch.setattr(generate, "_generate", generated)
     assert answers(smollm2, smollm2_tokenizer, asked, 4) == whole
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
     assert "going on with 2" in caplog.text
@@ -73,7 +73,7 @@ def test_prompts_for_which_memory_is_refused_are_answered_in_halves(smollm2, smo
     def never(*given):
         raise MemoryError("refused")
 
-    monkeypatch.setattr(generate, "_greedy", never)
+    monkeypatch.setattr(generate, "_generate", never)
     with pytest.raises(MemoryError):
         answers(smollm2, smollm2_tokenizer, asked[:1], 4)
 
@@ -111,3 +111,36 @@ def test_folded_weights_answer_as_the_adapter_does(smollm2_tokenizer):
         base = answers(model, smollm2_tokenizer, prompts(smollm2_tokenizer, "Be brief."), 12)
     assert folded == plain
     assert base != plain
+
+
+SAMPLING = make_recipe(
+    {
+        "model": "x",
+        "data": {"train": "x"},
+        "evaluation": {"do_sample": True, "temperature": 1.5, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2},
+    }
+)[0].evaluation.sampling
+
+
+def test_drawn_answers_are_transformers_own_and_of_their_seed(smollm2, smollm2_tokenizer):
+    (prompt, *_) = asked = prompts(smollm2_tokenizer, "Be brief.")
+    ids = torch.tensor([prompt])
+    torch.manual_seed(7)
+    out = smollm2.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, eos_token_id=[2],
+                           pad_token_id=2, use_cache=True, **SAMPLING)  # fmt: skip
+    alone = smollm2_tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    state = torch.get_rng_state()
+    assert answers(smollm2, smollm2_tokenizer, [prompt], 12, sampling=SAMPLING, seed=7) == [alone]
+    drawn = [answers(smollm2, smollm2_tokenizer, asked, 12, 2, sampling=SAMPLING, seed=seed) for seed in (7, 7, 8)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.get_rng_state(), state), "the run's own generator is left as it was"
+
+
+def test_padding_is_nothing_that_was_said(smollm2, smollm2_tokenizer):
+    """A repetition penalty looks at all of a prompt; its padding, an end of turn, would make answers go on."""
+    settings = {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
+    asked = prompts(smollm2_tokenizer, "Be brief.")
+    assert len({len(prompt) for prompt in asked}) > 1
+    alone = [answers(smollm2, smollm2_tokenizer, [prompt], 16, sampling=settings)[0] for prompt in asked]
+    assert answers(smollm2, smollm2_tokenizer, asked, 16, sampling=settings) == alone
+    assert alone != answers(smollm2, smollm2_tokenizer, asked, 16)

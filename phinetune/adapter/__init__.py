@@ -6,7 +6,7 @@ from phinetune.adapter.peft_format import CONFIG_FILE, TENSOR_FILE, read_adapter
 from phinetune.adapter.portable import make_portable
 from phinetune.adapter.publish import check_repository, files_to_publish, publish
 from phinetune.adapter.save import adapter_config, adapter_tensors, save_adapter
-from phinetune.adapter.tuned import is_adapter, load_tuned, run_folders
+from phinetune.adapter.tuned import is_adapter, load_tuned, recipe_of, run_folders
 
 __all__ = [
     "CONFIG_FILE",
@@ -22,6 +22,7 @@ __all__ = [
     "merge_adapter",
     "publish",
     "read_adapter",
+    "recipe_of",
     "run_folders",
     "save_adapter",
 ]

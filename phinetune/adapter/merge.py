@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phinetune.adapter.peft_format import read_adapter
+from phinetune.adapter.publish import CARD, MERGED
 from phinetune.adapter.tuned import load_tuned
 from phinetune.disk import check_room, flush, naming_full_disk
 from phinetune.errors import AdapterError
@@ -22,7 +23,7 @@ from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper
 from phinetune.model import load_config, stop_ids
-from phinetune.model.files import INDEX
+from phinetune.model.files import CONFIG, INDEX
 from phinetune.model.quantise import in_4bit
 from phinetune.recipe import ModelKwargs
 
@@ -37,13 +38,14 @@ def merge_adapter(
     *,
     dequantised: bool = False,
     allow_template_mismatch: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Writes base + adapter as a plain model, with the run's tokenizer and template and a generation config that stops
     where turns end.
 
     Args:
         folder: of the adapter.
-        output: of the merged model, not there yet.
+        output: of the merged model; not there yet, but for one that may be replaced (`overwrite`).
         kwargs: where the base is.
         dtype: of the merged weights; `auto`: that of the base's files.
         dequantised: onto the base as 4 bits of the kind that `kwargs` names leave it, which is what QLoRA trained on.
@@ -54,7 +56,7 @@ def merge_adapter(
     """
     output = Path(output)
     if output.exists():
-        raise AdapterError(str(output), "is there already", "give another output folder, or remove it")
+        _check_replaceable(output, overwrite)
     as_filed = _as_filed(folder, kwargs)
     model, tokenizer = load_tuned(folder, as_filed, allow_template_mismatch=allow_template_mismatch)
     written_in = getattr(torch, as_filed.dtype if dtype == "auto" else dtype)
@@ -68,12 +70,25 @@ def merge_adapter(
             _describe(model, tokenizer, written_in, work)
             for path in work.iterdir():
                 flush(path)
+            if output.exists():
+                shutil.rmtree(output)
             work.rename(output)
             flush(output.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return output
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raises AdapterError for what is there, unless it is a merged model and may be replaced."""
+    if not overwrite:
+        raise AdapterError(str(output), "is there already", "give another output folder, or --overwrite")
+    known = {path for pattern in (*MERGED, CARD) for path in output.glob(pattern)}
+    foreign = sorted({*output.iterdir()} - known) if output.is_dir() else [output]
+    if foreign or not (output / CONFIG).is_file():
+        what = f"holds {foreign[0].name}" if foreign else "holds no model"
+        raise AdapterError(str(output), f"{what}, which no merge wrote, so it is kept", "give another output folder")
 
 
 def _as_filed(folder: str | Path, kwargs: ModelKwargs) -> ModelKwargs:

@@ -8,7 +8,7 @@ from phinetune.adapter.peft_format import CONFIG_FILE, read_adapter, read_chat_f
 from phinetune.data import chat_fingerprint
 from phinetune.errors import AdapterError
 from phinetune.model import fused_parts, load_model, load_tokenizer, pick_device, smollm2
-from phinetune.recipe import ModelKwargs
+from phinetune.recipe import ModelKwargs, Recipe, load_recipe
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -18,6 +18,14 @@ def is_adapter(path: str | Path) -> bool:
 def run_folders(folder: Path) -> list[Path]:
     """The folder itself and, for a checkpoint, the run it belongs to."""
     return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+
+
+def recipe_of(run: Path) -> Recipe | None:
+    """The resolved recipe of a run's folder, or of the run a checkpoint belongs to."""
+    for folder in run_folders(run):
+        if (folder / "recipe.yaml").is_file():
+            return load_recipe(folder / "recipe.yaml")[0]
+    return None
 
 
 def load_tuned(

@@ -191,8 +191,15 @@ def explain(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's output folder, a checkpoint, or another adapter folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value over the recipe's evaluation section: do_sample=true temperature=0.7 …"),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Held-out chats; the run's own by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens an answer may have; as the run's recipe says by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of answers that are drawn.")] = 42,
     answers: Annotated[bool, typer.Option("--answers/--no-answers", help="Also generate, and measure that.")] = True,
     metric: Annotated[
         list[str] | None,
@@ -207,7 +214,8 @@ def evaluate(
     """Measure base and tuned model on held-out chats: loss, perplexity, and metrics of their answers."""
     from phinetune.cli.evaluate import run_evaluate
 
-    run_evaluate(run, data, max_new_tokens, answers, metric or [], allow_template_mismatch, json)
+    settings = [*(overrides or []), *([f"max_new_tokens={max_new_tokens}"] if max_new_tokens else [])]
+    run_evaluate(run, settings, data, answers, metric or [], seed, allow_template_mismatch, json)
 
 
 @app.command()
@@ -222,11 +230,12 @@ def merge(
     ] = "auto",
     data: Annotated[str | None, typer.Option(help="Held-out chats for that; the run's own by default.")] = None,
     allow_template_mismatch: AnyTemplate = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merged model that is there.")] = False,
 ) -> None:
     """Fold an adapter into its base: a folder that plain transformers loads."""
     from phinetune.cli.merge import run_merge
 
-    run_merge(run, output, dtype, onto, data, allow_template_mismatch)
+    run_merge(run, output, dtype, onto, data, allow_template_mismatch, overwrite)
 
 
 @app.command()

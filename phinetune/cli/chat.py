@@ -4,9 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from phinetune.cli.evaluate import recipe_of
 from phinetune.errors import AdapterError
-from phinetune.recipe import ModelKwargs
 
 
 def run_chat(
@@ -19,24 +17,18 @@ def run_chat(
     allow_mismatch: bool,
 ) -> None:
     from phinetune import lora
-    from phinetune.adapter import is_adapter, load_tuned
+    from phinetune.adapter import is_adapter, recipe_of
+    from phinetune.api import load
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.data import Renderer
     from phinetune.generate import stream
-    from phinetune.model import load_model, load_tokenizer, pick_device
 
     quiet_libraries()
-    recipe = recipe_of(Path(run)) if is_adapter(run) else None
-    kwargs = recipe.model_kwargs if recipe else ModelKwargs()
-    if is_adapter(run):
-        model, tokenizer = load_tuned(run, kwargs, allow_template_mismatch=allow_mismatch)
-        lora.fuse(model)
-    elif compare:
+    if compare and not is_adapter(run):
         raise AdapterError(run, "is no adapter, so there is nothing to compare with its base", "give a run's folder")
-    else:
-        tokenizer = load_tokenizer(run, ModelKwargs())
-        model = load_model(run, ModelKwargs(), pick_device(use_cpu=False))
-
+    model, tokenizer = load(run, allow_template_mismatch=allow_mismatch)
+    lora.fuse(model)
+    recipe = recipe_of(Path(run)) if is_adapter(run) else None
     renderer = Renderer.of(tokenizer, recipe.data if recipe else None)
 
     def answer(messages: list[dict[str, Any]]) -> str:

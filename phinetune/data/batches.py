@@ -41,6 +41,8 @@ class FlatBatch:
     predict: Tensor  # (N,)
     targets: Tensor  # (N,)
     counts: Tensor | None  # (N,): how many rows learn it there; None where each is one row's
+    rows: list[int]  # which of the examples that were laid out
+    learnt: list[np.ndarray]  # of each of `rows`, which of `predict` it learns
 
     def to(self, device: torch.device) -> FlatBatch:
         tensors = {name: getattr(self, name) for name in ("ids", "position_ids", "predict", "targets", "counts")}
@@ -68,12 +70,13 @@ def lay_out(
             this are never laid together with shorter ones.
         least_shared: a beginning of so many tokens that rows have in common is laid once; 0 shares nothing.
     """
-    batches: list[list[Example]] = []
+    examples = list(examples)
+    batches: list[list[int]] = []
     room: list[int] = []
     beyond: list[bool] = []
     groups = _groups(examples, max_tokens, boundary, least_shared)
     for tokens, group in sorted(groups, key=lambda item: item[0], reverse=True):  # best fit, largest first
-        is_beyond = boundary is not None and len(group[0].ids) > boundary
+        is_beyond = boundary is not None and len(examples[group[0]].ids) > boundary
         fitting = [i for i in range(len(batches)) if room[i] >= tokens and beyond[i] == is_beyond]
         if fitting:
             best = min(fitting, key=room.__getitem__)
@@ -84,32 +87,39 @@ def lay_out(
             beyond.append(is_beyond)
         batches[best] += group
         room[best] -= tokens
-    return [flatten(batch, least_shared) for batch in batches]
+    return [flatten([examples[row] for row in batch], least_shared, batch) for batch in batches]
 
 
 def _groups(
     examples: Sequence[Example], max_tokens: int, boundary: int | None, least_shared: int
-) -> Iterator[tuple[int, list[Example]]]:
+) -> Iterator[tuple[int, list[int]]]:
     """Rows that begin alike, as many as fit a batch, with about the tokens that they take together: fewer than
     `least_shared` a row may come on top, where neighbours have a little more in common than their segments."""
     if not least_shared:
-        yield from ((len(example.ids), [example]) for example in examples)
+        yield from ((len(example.ids), [row]) for row, example in enumerate(examples))
         return
-    group: list[Example] = []
+    group: list[int] = []
     tokens = 0
-    for example in sorted(examples, key=lambda e: np.asarray(e.ids, np.dtype(">i4")).tobytes()):  # by their tokens
+    for row in _in_order(examples):
+        own = examples[row].ids
         if group:
-            shared = _common(group[-1].ids, example.ids)
-            same_side = boundary is None or (len(group[-1].ids) > boundary) == (len(example.ids) > boundary)
-            more = len(example.ids) - shared
+            last = examples[group[-1]].ids
+            shared = _common(last, own)
+            same_side = boundary is None or (len(last) > boundary) == (len(own) > boundary)
+            more = len(own) - shared
             if shared >= least_shared and same_side and tokens + more <= max_tokens:
-                group.append(example)
+                group.append(row)
                 tokens += more
                 continue
             yield tokens, group
-        group, tokens = [example], len(example.ids)
+        group, tokens = [row], len(own)
     if group:
         yield tokens, group
+
+
+def _in_order(examples: Sequence[Example]) -> list[int]:
+    """The rows by their tokens, so that those which begin alike are neighbours."""
+    return sorted(range(len(examples)), key=lambda row: np.asarray(examples[row].ids, np.dtype(">i4")).tobytes())
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -119,16 +129,15 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def flatten(examples: Sequence[Example], least_shared: int = 0) -> FlatBatch:
-    """Rows as one line; beginnings of `least_shared` tokens and more that they have in common are laid once."""
+def flatten(examples: Sequence[Example], least_shared: int = 0, rows: Sequence[int] | None = None) -> FlatBatch:
+    """Rows as one line; beginnings of `least_shared` tokens and more that they have in common are laid once. `rows`
+    are their numbers where they are some of many."""
     import torch
 
-    rows = list(range(len(examples)))
     if least_shared:
-        rows.sort(key=lambda row: np.asarray(examples[row].ids, np.dtype(">i4")).tobytes())
-        segments = list(_segments(examples, rows, 0, [], least_shared))
+        segments = list(_segments(examples, _in_order(examples), 0, [], least_shared))
     else:
-        segments = [_Segment([row], 0, len(examples[row].ids), []) for row in rows]
+        segments = [_Segment([row], 0, len(example.ids), []) for row, example in enumerate(examples)]
 
     begins: dict[int, int] = {}  # where a segment begins in the line, by its id
     places = [np.zeros(len(example.ids), np.int64) for example in examples]  # of each row's tokens in the line
@@ -152,8 +161,9 @@ def flatten(examples: Sequence[Example], least_shared: int = 0) -> FlatBatch:
         predict.append(place[learnt - 1])
         targets.append(np.asarray(example.ids, np.int64)[learnt])
     pairs, counts = np.stack([np.concatenate(predict), np.concatenate(targets)]), None
+    of_rows = np.arange(pairs.shape[1])
     if len(segments) > len(examples) or any(segment.before for segment in segments):
-        pairs, counts = np.unique(pairs, axis=1, return_counts=True)
+        pairs, of_rows, counts = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
     return FlatBatch(
         ids=torch.from_numpy(np.concatenate(ids))[None],
         position_ids=torch.from_numpy(np.concatenate(positions))[None],
@@ -161,6 +171,8 @@ def flatten(examples: Sequence[Example], least_shared: int = 0) -> FlatBatch:
         predict=torch.from_numpy(np.ascontiguousarray(pairs[0])),
         targets=torch.from_numpy(np.ascontiguousarray(pairs[1])),
         counts=None if counts is None else torch.from_numpy(counts).float(),
+        rows=list(range(len(examples)) if rows is None else rows),
+        learnt=np.split(of_rows.reshape(-1), np.cumsum([len(places) for places in predict])[:-1]),
     )
 
 

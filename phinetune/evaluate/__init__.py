@@ -1,7 +1,21 @@
 """How good a model is: held-out loss, and answers compared with what should have come."""
 
 from phinetune.evaluate.compare import Answer, Comparison, compare
-from phinetune.evaluate.loss import evaluate_loss
-from phinetune.evaluate.metrics import Measured, bootstrap, measure
+from phinetune.evaluate.held_out import dequantised_is_better, held_out
+from phinetune.evaluate.loss import RowLosses, evaluate_loss, evaluate_rows
+from phinetune.evaluate.metrics import Measured, bootstrap, measure, measure_loss
 
-__all__ = ["Answer", "Comparison", "Measured", "bootstrap", "compare", "evaluate_loss", "measure"]
+__all__ = [
+    "Answer",
+    "Comparison",
+    "Measured",
+    "RowLosses",
+    "bootstrap",
+    "compare",
+    "dequantised_is_better",
+    "evaluate_loss",
+    "evaluate_rows",
+    "held_out",
+    "measure",
+    "measure_loss",
+]

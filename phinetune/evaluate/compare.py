@@ -7,8 +7,8 @@ from typing import Any
 
 from phinetune import lora
 from phinetune.data import Example, Renderer, Row
-from phinetune.evaluate.loss import evaluate_loss
-from phinetune.evaluate.metrics import Measured, measure
+from phinetune.evaluate.loss import RowLosses, evaluate_rows
+from phinetune.evaluate.metrics import Measured, measure, measure_loss
 from phinetune.generate import answers
 from phinetune.recipe import EvaluationConfig
 
@@ -25,21 +25,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`base` and `tuned` hold `eval_loss`, `perplexity` and the metrics asked for; `metrics` these with intervals."""
+    """`metrics` are `eval_loss`, `perplexity` and those asked for."""
 
-    base: dict[str, float]
-    tuned: dict[str, float]
+    metrics: dict[str, Measured]
     eval_rows: int
     answers: list[Answer]
-    metrics: dict[str, Measured]
+
+    @property
+    def base(self) -> dict[str, float]:
+        return {name: metric.base for name, metric in self.metrics.items()}
+
+    @property
+    def tuned(self) -> dict[str, float]:
+        return {name: metric.tuned for name, metric in self.metrics.items()}
 
     def summary(self) -> dict[str, Any]:
         intervals = {
             name: {"base": [*m.base_interval], "tuned": [*m.tuned_interval], "difference": [*m.difference_interval]}
             for name, m in self.metrics.items()
         }
-        found = {"base": self.base, "tuned": self.tuned, "eval_rows": self.eval_rows}
-        return {**found, **({"confidence_95": intervals} if intervals else {})}
+        return {"base": self.base, "tuned": self.tuned, "eval_rows": self.eval_rows, "confidence_95": intervals}
 
 
 def compare(
@@ -53,13 +58,14 @@ def compare(
     batch_size: int,
     on_progress: Callable[[str, int], None] = lambda who, done: None,
     fold: bool = True,
+    seed: int = 0,
 ) -> Comparison:
     """Measures an adapted model without its adapters, then with them.
 
     `renderer` writes the prompts as it wrote what was trained on.  With `fold` answers come from merged weights, which
-    is faster and takes a second copy of the adapted ones.
+    is faster and takes a second copy of the adapted ones.  `seed` is that of drawn answers.
     """
-    measured: dict[str, dict[str, float]] = {}
+    losses: dict[str, RowLosses] = {}
     asked = [turn for row in rows if (turn := renderer.last_answer(row))] if config.metrics else []
     prompts, expected = [turn.prompt_ids for turn in asked], [turn.expected for turn in asked]
     said: dict[str, list[str]] = {"base": [""] * len(asked), "tuned": [""] * len(asked)}
@@ -72,13 +78,14 @@ def compare(
             on_progress(who, done)
 
         with mode:
-            measured[who] = evaluate_loss(model, examples, max_batch_tokens)
+            losses[who] = evaluate_rows(model, examples, max_batch_tokens)
             if asked:
                 with lora.fused(model) if fold and who == "tuned" else nullcontext():
-                    said[who] = answers(model, tokenizer, prompts, config.max_new_tokens, batch_size, tell)
+                    said[who] = answers(
+                        model, tokenizer, prompts, config.max_new_tokens, batch_size, tell, config.sampling, seed
+                    )
     model.train(was_training)
-    metrics = {name: measure(name, said["base"], said["tuned"], expected) for name in config.metrics if asked}
-    for name, found in metrics.items():
-        measured["base"][name], measured["tuned"][name] = found.base, found.tuned
+    metrics = measure_loss(losses["base"], losses["tuned"])
+    metrics |= {name: measure(name, said["base"], said["tuned"], expected) for name in config.metrics if asked}
     quadruples = zip([turn.question for turn in asked], expected, said["base"], said["tuned"], strict=True)
-    return Comparison(measured["base"], measured["tuned"], len(rows), [Answer(*t) for t in quadruples], metrics)
+    return Comparison(metrics, len(rows), [Answer(*t) for t in quadruples])

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,16 +11,40 @@ import torch
 from phinetune.data import Example
 from phinetune.errors import RunError
 from phinetune.kernels.allocator import is_out_of_memory
-from phinetune.model import flat_batches, loss_sum
+from phinetune.model import flat_batches, row_losses
 
 log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class RowLosses:
+    """Of each row, in their order, the sum of its supervised tokens' cross-entropy in nats, and their number."""
+
+    losses: list[float]
+    tokens: list[int]
+
+    def measured(self) -> dict[str, float]:
+        """`eval_loss` (nats a supervised token) and `perplexity`."""
+        loss = math.fsum(self.losses) / sum(self.tokens)
+        return {"eval_loss": loss, "perplexity": perplexity(loss)}
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
 def evaluate_loss(
     model: Any, examples: Sequence[Example], max_tokens: int, on_batch: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """`eval_loss` (nats a supervised token) and `perplexity` of the model as it is, in evaluation mode.
+    """`eval_loss` and `perplexity` over all of the rows; the arguments of `evaluate_rows`."""
+    return evaluate_rows(model, examples, max_tokens, on_batch).measured()
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model: Any, examples: Sequence[Example], max_tokens: int, on_batch: Callable[[], None] = lambda: None
+) -> RowLosses:
+    """The loss of each row by the model as it is, in evaluation mode.
 
     `on_batch` is called before each flat batch.  Where memory is refused, batches of half the tokens are tried.
 
@@ -31,8 +56,7 @@ def evaluate_loss(
     try:
         while True:
             try:
-                loss = _mean_loss(model, examples, max_tokens, on_batch)
-                break
+                return _losses(model, examples, max_tokens, on_batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or max_tokens <= max(len(example.ids) for example in examples):
                     raise
@@ -40,25 +64,21 @@ def evaluate_loss(
             log.warning(f"evaluation: memory was refused: going on with flat batches of {max_tokens:,} tokens")
     finally:
         model.train(was_training)
-    return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def _mean_loss(model: Any, examples: Sequence[Example], max_tokens: int, on_batch: Callable[[], None]) -> float:
-    total, tokens = 0.0, sum(example.supervised for example in examples)
-    if not tokens:
+def _losses(model: Any, examples: Sequence[Example], max_tokens: int, on_batch: Callable[[], None]) -> RowLosses:
+    tokens = [example.supervised for example in examples]
+    if not sum(tokens):
         raise RunError(
             "evaluation", "no token of these rows is supervised", "look at them with `phinetune data preview`"
         )
+    losses = [0.0] * len(examples)
     for batch in flat_batches(model, examples, max_tokens):
         on_batch()
-        loss = float(loss_sum(model, batch.to(model.device)))
-        if not math.isfinite(loss):
-            bad = [example.where for example in examples if not math.isfinite(_alone(model, example))]
-            what = f"the held-out loss is {loss} on rows {', '.join(bad[:4]) or 'that are finite alone'}"
+        for row, loss in zip(batch.rows, row_losses(model, batch.to(model.device)), strict=True):
+            losses[row] = loss
+        if bad := [row for row in batch.rows if not math.isfinite(losses[row])]:
+            named = ", ".join(examples[row].where for row in bad[:4])
+            what = f"the held-out loss is {losses[bad[0]]} on rows {named}{' …' if len(bad) > 4 else ''}"
             raise RunError("evaluation", what, "look at these rows, or at the model's weights")
-        total += loss
-    return total / tokens
-
-
-def _alone(model: Any, example: Example) -> float:
-    return float(sum(loss_sum(model, batch.to(model.device)) for batch in flat_batches(model, [example], 1)))
+    return RowLosses(losses, tokens)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phinetune.errors import RecipeError, RunError
+from phinetune.evaluate.loss import RowLosses, perplexity
 
 Scores = npt.NDArray[np.float64]
 Score = Callable[[str, str], float]
@@ -63,6 +64,22 @@ def measure(metric: str, base: Sequence[str], tuned: Sequence[str], expected: Se
         bootstrap(of_tuned),
         bootstrap(of_tuned - of_base),
     )
+
+
+def measure_loss(base: RowLosses, tuned: RowLosses) -> dict[str, Measured]:
+    """`eval_loss` and `perplexity` of two models on the same rows, with intervals over the rows: each resample has the
+    loss of its rows over the number of their supervised tokens."""
+    tokens = np.array(base.tokens, np.float64)
+    losses = np.array([base.losses, tuned.losses])
+    generator, n = np.random.default_rng(SEED), len(tokens)
+    drawn = [generator.integers(0, n, n) for _ in range(RESAMPLES)]
+    means = np.array([losses[:, rows].sum(1) / tokens[rows].sum() for rows in drawn if tokens[rows].any()])
+    found = {}
+    for name, of in (("eval_loss", np.asarray), ("perplexity", np.vectorize(perplexity))):
+        values = of(means)
+        intervals = _middle(values[:, 0]), _middle(values[:, 1]), _middle(values[:, 1] - values[:, 0])
+        found[name] = Measured(base.measured()[name], tuned.measured()[name], *intervals)
+    return found
 
 
 def bootstrap(scores: Scores, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:

@@ -8,6 +8,7 @@ hidden states is kept.
 Shape suffixes: N supervised tokens, C tokens of a chunk, D hidden width, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,14 @@ def linear_cross_entropy_sum(
     return cast(Tensor, _LinearCrossEntropySum.apply(hidden_ND, weight_VD, targets_N, weights_N))
 
 
+@torch.no_grad()
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """−log softmax(hidden Wᵀ)[target] of each of N tokens: (N,) in fp32, without a gradient."""
+    once_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
+    log_p = [log_p_C for log_p_C, _ in _chunks(hidden_ND, weight_VD, targets_N, once_N, None)]
+    return -torch.cat(log_p).float() if log_p else once_N
+
+
 def linear_cross_entropy_sum_reference(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None = None
 ) -> Tensor:
@@ -66,19 +75,27 @@ def _sum_over_chunks(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None, dhidden_ND: Tensor | None
 ) -> Tensor:
     """The loss; the gradient of `hidden_ND` is written into `dhidden_ND` where one is given."""
+    times_N = hidden_ND.new_ones(len(hidden_ND)) if weights_N is None else weights_N
+    times_N = times_N.to(torch.promote_types(hidden_ND.dtype, torch.float32))
+    total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+    for log_p_C, times_C in _chunks(hidden_ND, weight_VD, targets_N, times_N, dhidden_ND):
+        total -= (log_p_C * times_C).sum()
+    return total
+
+
+def _chunks(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, times_N: Tensor, dhidden_ND: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(log p of the targets, how often each counts) of as many tokens at a time as have room; gradients are written."""
     tokens, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
     most = max(1, CHUNK_BYTES // (hidden_ND.element_size() * vocabulary))
     chunk_of = _native_chunk if _is_native(hidden_ND, weight_VD) else _chunk
-    times_N = hidden_ND.new_ones(tokens) if weights_N is None else weights_N
-    times_N = times_N.to(torch.promote_types(hidden_ND.dtype, torch.float32))
     logits = _workspace(most * (vocabulary + PANEL), hidden_ND)
-    total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     for start in range(0, tokens, most):
         rows = slice(start, min(start + most, tokens))
         dhidden_CD = None if dhidden_ND is None else dhidden_ND[rows]
         log_p_C = chunk_of(hidden_ND[rows], weight_VD, targets_N[rows], times_N[rows], logits, dhidden_CD)
-        total -= (log_p_C * times_N[rows]).sum()
-    return total
+        yield log_p_C, times_N[rows]
 
 
 def _chunk(

@@ -1,7 +1,14 @@
 """Base model and tokenizer: load, adapt, and what is particular to a family."""
 
 from phinetune.model.adapted import adapt_model
-from phinetune.model.family import flat_batches, fused_parts, long_rope_boundary, loss_sum, takes_flat_batches
+from phinetune.model.family import (
+    flat_batches,
+    fused_parts,
+    long_rope_boundary,
+    loss_sum,
+    row_losses,
+    takes_flat_batches,
+)
 from phinetune.model.load import load_config, load_model, load_tokenizer, pick_device, resolve_dtype, revision_of
 from phinetune.model.quantise import dequantise_layers, quantised_layers
 from phinetune.model.stops import stop_ids
@@ -20,6 +27,7 @@ __all__ = [
     "quantised_layers",
     "resolve_dtype",
     "revision_of",
+    "row_losses",
     "stop_ids",
     "takes_flat_batches",
 ]

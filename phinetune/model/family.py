@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phinetune.data import Example, FlatBatch, flatten, lay_out
-from phinetune.kernels import linear_cross_entropy_sum
+from phinetune.kernels import linear_cross_entropy, linear_cross_entropy_sum
 from phinetune.model.attention import NAME as PACKED
 
 # Families whose attention is plain causal (perhaps with a window) and whose head is one product: tests compare
@@ -33,27 +34,42 @@ def long_rope_boundary(config: Any) -> int | None:
 def flat_batches(model: Any, examples: Sequence[Example], max_tokens: int) -> list[FlatBatch]:
     """The rows in flat batches as the model can take them: a row each where it can't take several."""
     if not takes_flat_batches(model):
-        return [flatten([example]) for example in examples]
+        return [flatten([example], rows=[row]) for row, example in enumerate(examples)]
     return lay_out(examples, max_tokens, long_rope_boundary(model.config))
 
 
 def loss_sum(model: Any, batch: FlatBatch) -> Tensor:
     """Σ cross-entropy over the batch's supervised tokens: an fp32 scalar."""
+    x, weight = _before_head(model, batch)
+    if weight is not None:
+        return linear_cross_entropy_sum(x, weight, batch.targets, batch.counts)
+    losses_N = F.cross_entropy(x.float(), batch.targets, reduction="none")
+    return (losses_N if batch.counts is None else losses_N * batch.counts).sum()
+
+
+@torch.no_grad()
+def row_losses(model: Any, batch: FlatBatch) -> list[float]:
+    """The same of each of `batch.rows`, without a gradient."""
+    x, weight = _before_head(model, batch)
+    if weight is not None:
+        losses_N = linear_cross_entropy(x, weight, batch.targets)
+    else:
+        losses_N = F.cross_entropy(x.float(), batch.targets, reduction="none")
+    losses = losses_N.double().cpu().numpy()
+    return [float(losses[learnt].sum()) for learnt in batch.learnt]
+
+
+def _before_head(model: Any, batch: FlatBatch) -> tuple[Tensor, Tensor | None]:
+    """(N, D) of the places that predict, and the head's weight; where the head is more than a product, logits alone."""
     if not takes_flat_batches(model):
-        logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.predict).logits[0]
-        return _cross_entropy_sum(logits, batch)
+        return model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.predict).logits[0], None
     hidden_TD = model.model(
         input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False, paths=batch.paths
     ).last_hidden_state[0]
     head, hidden_ND = model.lm_head, hidden_TD.index_select(0, batch.predict)
     if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return linear_cross_entropy_sum(hidden_ND, head.weight, batch.targets, batch.counts)
-    return _cross_entropy_sum(head(hidden_ND), batch)
-
-
-def _cross_entropy_sum(logits_NV: Tensor, batch: FlatBatch) -> Tensor:
-    losses_N = F.cross_entropy(logits_NV.float(), batch.targets, reduction="none")
-    return (losses_N if batch.counts is None else losses_N * batch.counts).sum()
+        return hidden_ND, head.weight
+    return head(hidden_ND), None
 
 
 def fused_parts(config: Any) -> dict[str, dict[str, int]]:

@@ -1,6 +1,6 @@
 """What a run is asked to do: typed settings, the names they may have, where they are read from."""
 
-from phinetune.recipe.load import dump_recipe, load_recipe, make_recipe
+from phinetune.recipe.load import apply_override, dump_recipe, load_recipe, make_model_kwargs, make_recipe
 from phinetune.recipe.schema import (
     ANSWER_METRICS,
     DataConfig,
@@ -21,7 +21,9 @@ __all__ = [
     "PeftConfig",
     "Recipe",
     "TrainingConfig",
+    "apply_override",
     "dump_recipe",
     "load_recipe",
+    "make_model_kwargs",
     "make_recipe",
 ]

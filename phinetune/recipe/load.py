@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from phinetune.errors import RecipeError
 from phinetune.recipe.names import SECTIONS, current_name, known_names, nearest, settle, unfold
-from phinetune.recipe.schema import Recipe
+from phinetune.recipe.schema import ModelKwargs, Recipe
 
 FREE_SECTIONS = ("tokenizer_kwargs",)  # passed on as they are
 LARGEST = 1 << 20  # bytes of a recipe
@@ -97,6 +97,17 @@ def make_recipe(
         raise RecipeError(where, " and ".join(_say(fault) for fault in error.errors()), "correct it") from None
     recipe.origins = origins
     return recipe, words
+
+
+def make_model_kwargs(given: Mapping[str, Any], over: ModelKwargs) -> ModelKwargs:
+    """`over` with other settings, under current or older names.
+
+    Raises:
+        RecipeError: as `make_recipe`.
+    """
+    settings = {**over.model_dump(exclude_unset=True), **given}
+    recipe, _ = make_recipe({"model": "", "data": {"train": ""}, "model_kwargs": settings}, where="model_kwargs")
+    return recipe.model_kwargs
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -187,9 +187,22 @@ REFUSED: dict[str, dict[str, str]] = {
         "is not supported yet",
     ),
     "model_kwargs": {"bnb_4bit_quant_storage": "is not supported: codes are kept in uint8"},
+    "evaluation": dict.fromkeys(
+        ["num_beams", "num_beam_groups", "penalty_alpha", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"]
+        + ["length_penalty", "bad_words_ids", "force_words_ids", "suppress_tokens", "encoder_repetition_penalty"],
+        "is not supported: answers are greedy, or drawn by temperature, top_k, top_p and min_p",
+    ),
 }
 # Values of refused names that ask for what happens anyway.
-HARMLESS = {"lora_bias": False, "use_qalora": False, "use_bdlora": False, "bnb_4bit_quant_storage": "uint8"}
+HARMLESS = {
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_bdlora": False,
+    "bnb_4bit_quant_storage": "uint8",
+    "num_beams": 1,
+    "typical_p": 1.0,
+    "length_penalty": 1.0,
+}
 # What a BitsAndBytesConfig holds that was given nothing; of the 4-bit settings transformers' defaults are kept.
 BNB_DEFAULTS: dict[str, Any] = {
     "load_in_8bit": False,

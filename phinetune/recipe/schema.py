@@ -334,14 +334,45 @@ class PeftConfig(Section):
     """The task."""
 
 
+_OF_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+
+
 class EvaluationConfig(Section):
     """What is measured on the held-out rows, beside their loss."""
 
     metrics: list[Annotated[str, AfterValidator(_known_answer_metric)]] = Field(default_factory=list)
-    """Of greedy answers, by base and tuned model: exact_match, rouge1, rouge2, rougeL, rougeLsum, bleu, chrf,
+    """Of answers, by base and tuned model: exact_match, rouge1, rouge2, rougeL, rougeLsum, bleu, chrf,
     json_valid, json_fields, or FILE.py:NAME, a function of yours."""
     max_new_tokens: PositiveInt = 256
     """Tokens an answer may have."""
+    do_sample: bool = False
+    """Answers are drawn, by the names of GenerationConfig; greedy ones by default."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Below 1 likely tokens get likelier."""
+    top_k: NonNegativeInt = 50
+    """Only so many of the likeliest tokens are drawn from; 0 is all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the likeliest tokens whose probabilities add up to this."""
+    min_p: Share | None = None
+    """Only tokens of at least this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1, tokens that were said or asked before get less likely."""
+    no_repeat_ngram_size: NonNegativeInt = 0
+    """So many tokens in a row are never said twice."""
+
+    @model_validator(mode="after")
+    def _draws_or_not(self) -> "EvaluationConfig":
+        fields = type(self).model_fields
+        drawn = [name for name in _OF_DRAWING if getattr(self, name) != fields[name].default]
+        if drawn and not self.do_sample:
+            raise ValueError(f"{drawn[0]} says how answers are drawn: set do_sample: true, too")
+        return self
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `generate`."""
+        names = ("do_sample", "repetition_penalty", "no_repeat_ngram_size", *(_OF_DRAWING if self.do_sample else ()))
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class Recipe(Section):

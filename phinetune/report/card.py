@@ -12,13 +12,13 @@ TOLD = ("model_kwargs", "training_config", "peft_config")
 PRIVATE = {"output_dir", "logging_dir", "cache_dir", "token", "run_name", "project"}
 
 
-def model_card(run: Path, repository: str, merged: bool) -> str:
-    """README.md as the Hub reads it: YAML, then Markdown.
+def model_card(run: str | Path, repository: str, merged: bool = False) -> str:
+    """README.md of a run's adapter, or of its merged model, as the Hub reads it: YAML, then Markdown.
 
     Raises:
-        InputError: if the folder holds no run.
+        phinetune.errors.InputError: if the folder holds no run.
     """
-    found = read_run(run)
+    found = read_run(Path(run))
     model = str(found.settings.get("model", found.summary.get("model", "")))
     base = EMBEDDED.get(model, model)
     on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))

@@ -452,6 +452,7 @@ def _compare(loop: Loop, tokenizer: Any, data: Prepared) -> Comparison:
             recipe.training_config.per_device_eval_batch_size,
             lambda who, done: bar.advance(done, what=f"evaluating {who}"),
             fold=has_room_to_fold(loop.model),
+            seed=recipe.training_config.seed,
         )
     for who, measured in (("base ", comparison.base), ("tuned", comparison.tuned)):
         log.info(f"{who}  " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items()))

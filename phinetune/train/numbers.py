@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from phinetune.data import Example, FlatBatch
 from phinetune.errors import RunError
-from phinetune.evaluate import evaluate_loss
+from phinetune.evaluate import evaluate_rows
 from phinetune.model import loss_sum
 from phinetune.train.optimiser import trainable_parameters
 
@@ -31,10 +31,12 @@ def is_jump(loss: float, before: Sequence[float]) -> bool:
 def worst_rows(model: Any, examples: Sequence[Example], max_tokens: int) -> str:
     """The rows of a step that the model finds hardest, each with its loss; none where the update has broken it."""
     try:
-        losses = [(evaluate_loss(model, [example], max_tokens)["eval_loss"], example.where) for example in examples]
+        rows = evaluate_rows(model, examples, max_tokens)
     except RunError as error:
         return f"that can't be told: {error.what}"
-    return ", ".join(f"{where} ({loss:.3g})" for loss, where in sorted(losses, reverse=True)[:NAMED])
+    losses = [loss / max(tokens, 1) for loss, tokens in zip(rows.losses, rows.tokens, strict=True)]
+    hardest = sorted(zip(losses, (example.where for example in examples), strict=True), reverse=True)[:NAMED]
+    return ", ".join(f"{where} ({loss:.3g})" for loss, where in hardest)
 
 
 def name_fault(model: nn.Module, batches: Sequence[FlatBatch]) -> str:

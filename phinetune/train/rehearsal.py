@@ -79,7 +79,8 @@ def _answer(loop: Loop, tokenizer: Any, data: Prepared) -> None:
     size = loop.recipe.training_config.per_device_eval_batch_size
     loop.model.eval()
     with fused(loop.model) if has_room_to_fold(loop.model) else nullcontext():
-        said = answers(loop.model, tokenizer, [turn.prompt_ids for turn in turns[:size]], NEW_TOKENS, size)
+        prompts = [turn.prompt_ids for turn in turns[:size]]
+        said = answers(loop.model, tokenizer, prompts, NEW_TOKENS, size, sampling=loop.recipe.evaluation.sampling)
     loop.model.train()
     for metric in loop.recipe.evaluation.metrics if said else ():
         measure(metric, said, said, [turn.expected for turn in turns[:size]])

@@ -7,9 +7,12 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_model
 
+from phinetune.data import Example
 from phinetune.errors import RecipeError, RunError
-from phinetune.evaluate import bootstrap, measure
+from phinetune.evaluate import RowLosses, bootstrap, evaluate_rows, measure, measure_loss
 from phinetune.evaluate.metrics import _score
 from phinetune.recipe import ANSWER_METRICS, make_recipe
 
@@ -125,17 +128,89 @@ def test_a_name_that_is_none():
 
 def test_a_strangers_recipe_names_no_function(tmp_path):
     """`phinetune evaluate RUN` reads the run's recipe, which may be anybody's."""
-    from phinetune.cli.evaluate import _evaluation
+    from phinetune.cli.evaluate import evaluation_of
 
-    recipe, _ = make_recipe(
-        {"model": "x", "data": {"train": "x"}, "evaluation": {"metrics": ["bleu", f"{tmp_path}/evil.py:run"]}}
-    )
-    assert _evaluation(recipe, [], 8).metrics == ["bleu"]
-    assert _evaluation(recipe, ["chrf", "mine.py:f"], 8).metrics == ["chrf", "mine.py:f"]
-    assert _evaluation(None, [], 8).metrics == ["exact_match"]
-    assert _evaluation(recipe, None, 8).metrics == []
-    with pytest.raises(RecipeError, match="--metric"):
-        _evaluation(recipe, ["meteor"], 8)
+    own = {"metrics": ["bleu", f"{tmp_path}/evil.py:run"], "max_new_tokens": 8, "do_sample": True, "top_p": 0.5}
+    recipe, _ = make_recipe({"model": "x", "data": {"train": "x"}, "evaluation": own})
+    assert evaluation_of(recipe, [], []).metrics == ["bleu"]
+    assert evaluation_of(recipe, ["chrf", "mine.py:f"], []).metrics == ["chrf", "mine.py:f"]
+    assert evaluation_of(None, [], []).metrics == ["exact_match"]
+    assert evaluation_of(recipe, None, []).metrics == []
+    for wrong in (["meteor"], [f"{tmp_path}:run"]):
+        with pytest.raises(RecipeError, match="must be one of"):
+            evaluation_of(recipe, wrong, [])
+    changed = evaluation_of(recipe, [], ["top_p=0.9", "evaluation.temperature=0.5"])
+    assert (changed.max_new_tokens, changed.top_p, changed.temperature) == (8, 0.9, 0.5)
+    with pytest.raises(RecipeError, match="says nothing about answers"):
+        evaluation_of(recipe, [], ["learning_rate=1"])
+
+
+def test_settings_of_drawn_answers_need_them_to_be_drawn():
+    def evaluation(**settings):
+        return make_recipe({"model": "x", "data": {"train": "x"}, "evaluation": settings})[0].evaluation
+
+    assert evaluation().sampling == {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    drawn = evaluation(do_sample=True, temperature=0.7, min_p=0.1).sampling
+    assert drawn == {**evaluation().sampling, "do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 1.0,
+                     "min_p": 0.1}  # fmt: skip
+    with pytest.raises(RecipeError, match="temperature says how answers are drawn: set do_sample: true"):
+        evaluation(temperature=0.7)
+    with pytest.raises(RecipeError, match="num_beams=4 is not supported: answers are greedy, or drawn"):
+        evaluation(num_beams=4)
+    assert evaluation(num_beams=1) == evaluation()
+    with pytest.raises(RecipeError, match="did you mean top_p"):
+        evaluation(topp=0.5)
+
+
+def test_the_loss_has_the_interval_of_a_plain_bootstrap_over_rows():
+    """Rows of unlike lengths: a resample's loss is that of its tokens, not the mean of its rows'."""
+    rng = random.Random(3)
+    tokens = [rng.randint(1, 40) for _ in range(150)]
+    base = [rng.gauss(2.0, 0.4) * n for n in tokens]
+    tuned = [loss - 0.3 * n * rng.random() for loss, n in zip(base, tokens, strict=True)]
+    found = measure_loss(RowLosses(base, tokens), RowLosses(tuned, tokens))
+    assert found["eval_loss"].base == pytest.approx(sum(base) / sum(tokens))
+    assert found["perplexity"].tuned == pytest.approx(math.exp(sum(tuned) / sum(tokens)))
+    of_loss, of_perplexity = [], []
+    for _ in range(4000):
+        rows = rng.choices(range(150), k=150)
+        total = sum(tokens[row] for row in rows)
+        before, after = (sum(losses[row] for row in rows) / total for losses in (base, tuned))
+        of_loss.append((before, after, after - before))
+        of_perplexity.append((math.exp(before), math.exp(after), math.exp(after) - math.exp(before)))
+    for name, resampled, near in (("eval_loss", of_loss, 0.012), ("perplexity", of_perplexity, 0.1)):
+        metric = found[name]
+        intervals = [metric.base_interval, metric.tuned_interval, metric.difference_interval]
+        for interval, plain in zip(intervals, np.quantile(resampled, [0.025, 0.975], axis=0).T, strict=True):
+            assert interval == pytest.approx(tuple(plain), abs=near)
+    assert found["eval_loss"].difference_interval[1] < 0
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_each_rows_loss_is_that_of_the_row_alone(family):
+    """Laid end to end, with a beginning that some share, or a row at a time; against transformers' own loss."""
+    model = tiny_model(family, vocab_size=300) if family != "gpt2" else tiny_gpt2()
+    rng = random.Random(5)
+    beginning = [rng.randrange(300) for _ in range(24)]
+    rows = [
+        Example(str(i), ids := beginning[: 24 * (i % 2)] + [rng.randrange(300) for _ in range(3 + 4 * i)],
+                [place > 1 and rng.random() < 0.6 for place in range(len(ids) - 1)] + [True])
+        for i in range(7)
+    ]  # fmt: skip
+    found = evaluate_rows(model, rows, 64)
+    for row, loss, tokens in zip(rows, found.losses, found.tokens, strict=True):
+        ids = torch.tensor([row.ids])
+        labels = torch.where(torch.tensor([row.mask]), ids, -100)
+        alone = model(ids, labels=labels).loss.item()
+        assert loss / tokens == pytest.approx(alone, rel=2e-5)
+        assert tokens == sum(row.mask)
+
+
+def tiny_gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=2)).eval()
 
 
 def test_a_run_measures_what_is_asked(tmp_path, tiny_llama_folder, chats):
@@ -150,6 +225,7 @@ def test_a_run_measures_what_is_asked(tmp_path, tiny_llama_folder, chats):
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["tuned"].keys() == {"eval_loss", "perplexity", "rouge1", "bleu"}
+    assert summary["confidence_95"].keys() == summary["tuned"].keys()
     assert summary["confidence_95"]["rouge1"].keys() == {"base", "tuned", "difference"}
     low, high = summary["confidence_95"]["rouge1"]["tuned"]
     assert low <= result.summary["tuned"]["rouge1"] <= high

@@ -1,0 +1,57 @@
+"""What a finished run has held out, and what its adapter is worth on another base."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from phinetune.adapter import load_tuned, run_folders
+from phinetune.data import prepare
+from phinetune.errors import DataError
+from phinetune.evaluate.loss import evaluate_loss
+from phinetune.recipe import DataConfig, Recipe
+
+
+def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None = None) -> tuple[Any, Any]:
+    """(examples, rows) of some data, or those that a run has held out.
+
+    Raises:
+        DataError: if it has held out none, or its data isn't what it was.
+    """
+    if data is not None:
+        # Every row of the file is measured, the longest too, rendered as the run's own were.
+        like = recipe.data if recipe else DataConfig(train=data)
+        asked = like.model_copy(update={"train": data, "eval": None, "max_length": 1 << 20, "duplicates": "keep"})
+        prepared = prepare(asked, tokenizer, seed=0)
+        return prepared.train, prepared.train_rows
+    if recipe is None or recipe.data.eval in (None, 0) or "-" in _paths(recipe):
+        raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
+    prepared = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
+    ledger = next(f / "ledger.json" for f in run_folders(run) if (f / "ledger.json").is_file())
+    if prepared.fingerprint != json.loads(ledger.read_text(encoding="utf-8")).get("fingerprint"):
+        what = "the data has changed since the run, so what was held out then is not known"
+        raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
+    return prepared.eval, prepared.eval_rows
+
+
+def _paths(recipe: Recipe) -> list[str]:
+    """What the recipe names as data; `-` can't be read again."""
+    given = [recipe.data.train, recipe.data.eval]
+    items = [item for source in given for item in (source if isinstance(source, list) else [source])]
+    return [item if isinstance(item, str) else getattr(item, "path", "") for item in items]
+
+
+def dequantised_is_better(
+    run: Path, recipe: Recipe, data: str | None, allow_template_mismatch: bool, say: Callable[[str], None]
+) -> bool:
+    """Whether a 4-bit run's adapter does better on the base as 4 bits leave it than on the base as it was, by the loss
+    of held-out rows, which is said for both: it has learnt to mend what 4 bits do, as far as it has."""
+    losses = {}
+    for name, in_4bit in (("the base as it was", False), ("the base as 4 bits leave it", True)):
+        kwargs = recipe.model_kwargs.model_copy(update={"load_in_4bit": in_4bit})
+        model, tokenizer = load_tuned(run, kwargs, allow_template_mismatch=allow_template_mismatch)
+        examples, _ = held_out(run, recipe, tokenizer, data)
+        losses[in_4bit] = evaluate_loss(model, examples, recipe.data.max_batch_tokens)["eval_loss"]
+        say(f"held-out loss on {name + ':':30} {losses[in_4bit]:.4f}")
+        del model
+    return losses[True] <= losses[False]
