@@ -136,11 +136,14 @@ def test_drawn_answers_are_transformers_own_and_of_their_seed(smollm2, smollm2_t
     assert torch.equal(torch.get_rng_state(), state), "the run's own generator is left as it was"
 
 
-def test_padding_is_nothing_that_was_said(smollm2, smollm2_tokenizer):
-    """A repetition penalty looks at all of a prompt; its padding, an end of turn, would make answers go on."""
-    settings = {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
-    asked = prompts(smollm2_tokenizer, "Be brief.")
+def test_padding_is_nothing_that_was_said(smollm2, smollm2_tokenizer, monkeypatch):
+    """What may not be repeated is looked for in all of a prompt. Padding is a token that ends answers: did it count,
+    they would go on."""
+    (full_stop,) = smollm2_tokenizer.encode(".", add_special_tokens=False)
+    monkeypatch.setattr("phinetune.generate.stop_ids", lambda model, tokenizer: [full_stop, 2])
+    settings = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 1}
+    asked = prompts(smollm2_tokenizer, "Be brief")
     assert len({len(prompt) for prompt in asked}) > 1
-    alone = [answers(smollm2, smollm2_tokenizer, [prompt], 16, sampling=settings)[0] for prompt in asked]
-    assert answers(smollm2, smollm2_tokenizer, asked, 16, sampling=settings) == alone
-    assert alone != answers(smollm2, smollm2_tokenizer, asked, 16)
+    alone = [answers(smollm2, smollm2_tokenizer, [prompt], 24, sampling=settings)[0] for prompt in asked]
+    assert answers(smollm2, smollm2_tokenizer, asked, 24, sampling=settings) == alone
+    assert alone != answers(smollm2, smollm2_tokenizer, asked, 24)
