@@ -426,6 +426,11 @@ def spread(run: Seen) -> bool:
     return run.drawn["model.layers.0.self_attn.q_proj.lora_A"].std().item() > 0.15
 
 
+def base_said(run: Seen) -> list[str]:
+    lines = (run.folder / "answers.jsonl").read_text().splitlines()
+    return [json.loads(line)["base"] for line in lines]
+
+
 def answered(run: Seen) -> tuple[bool, bool]:
     return (run.folder / "answers.jsonl").exists(), "exact_match" in run.json("summary.json")["tuned"]
 
@@ -688,6 +693,8 @@ QUARTER = {"data.eval": 0.25}
 IN_4BIT = {"model_kwargs.load_in_4bit": True}
 MLFLOW = training(report_to="mlflow")
 ASKED = {**QUARTER, "evaluation.metrics": ["exact_match"]}
+TALKED = {**ASKED, "evaluation.max_new_tokens": 24}
+DRAWN = {**TALKED, "evaluation.do_sample": True}
 ANSWERED = {**ASKED, "data.eval": 0.5, "evaluation.max_new_tokens": 2}
 EVALUATED = {**QUARTER, **training(eval_strategy="steps", eval_steps=1)}
 # At this learning rate the held-out loss soon gets worse.
@@ -887,6 +894,13 @@ CASES = [
         "evaluation",
         Case("metrics", ["exact_match"], answered, ((False, False), (True, True)), QUARTER),
         Case("max_new_tokens", 3, lambda run: {new for _, new in run.generated}, (ANY, {3}), ASKED),
+        Case("do_sample", True, base_said, given=TALKED),
+        Case("temperature", 0.01, base_said, given=DRAWN),
+        Case("top_k", 1, base_said, given=DRAWN),
+        Case("top_p", 0.01, base_said, given=DRAWN),
+        Case("min_p", 0.9, base_said, given=DRAWN),
+        Case("repetition_penalty", 9.0, base_said, given=TALKED),
+        Case("no_repeat_ngram_size", 1, base_said, given=TALKED),
     ),
 ]
 
