@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test test-slow scoreboard scoreboard-full bench bench-gpu bench-lora bench-data check format build clean
+.PHONY: install demo test test-slow examples docs scoreboard scoreboard-full bench bench-gpu bench-lora bench-data check format build clean
 
 install: .venv/installed
 
@@ -27,6 +27,15 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Every sample of the guide, as a script and as an executed notebook beside it; make examples NAMES=phi3_finetune_lora
+examples: install
+	$(BIN)/python examples/notebooks.py $(NAMES)
+
+# build/site, without a broken link; and every command, recipe and piece of Python in the pages is run.
+docs: install .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_docs.py
 
 # make bench SECTIONS='gate speed'   measures a part again; python benchmarks/cpu --help lists them
 bench: install .venv-trl/installed .venv-litgpt/installed
@@ -72,6 +81,12 @@ bench-data: install .venv-trl/installed
 		$(PIP_ARGS) torch litgpt==0.5.13 requests
 	touch $@
 
+.venv-docs/installed: .venv/installed
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) \
+		$$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['docs'])")
+	touch $@
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,4 +103,4 @@ build: install
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf .venv .venv-trl .venv-litgpt build dist runs
+	rm -rf .venv .venv-trl .venv-litgpt .venv-docs build dist runs

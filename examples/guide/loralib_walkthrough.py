@@ -19,6 +19,7 @@ from torch import nn
 
 import phinetune
 import phinetune.lora as lora  # in place of: import loralib as lora
+from phinetune.model import fused_parts
 
 MODEL = os.environ.get("MODEL", "microsoft/Phi-3-mini-4k-instruct")  # MODEL=smollm2 needs no network
 
@@ -134,16 +135,14 @@ lora.load_lora_state_dict(model, torch.load("ckpt_lora.pt"))
 # %% [markdown]
 # ## The same by one call
 #
-# Names are PEFT's; `q_proj` and `v_proj` mean their rows of Phi-3's fused layer. `loralib_walkthrough` above gave the
-# layers by hand what `adapt` gives them here.
+# Names are PEFT's; `q_proj` and `v_proj` mean their rows of Phi-3's fused layer.
 
 # %%
-from phinetune.model import fused_parts  # noqa: E402  # only needed from here on
-
 fresh, _ = phinetune.load(MODEL)
 names = lora.adapt(fresh, ["q_proj", "v_proj"], r=16, lora_alpha=32, fused=fused_parts(fresh.config))
 print(f"{len(names)} layers: {names[0]} … {names[-1]}")
 lora.load_lora_state_dict(fresh, torch.load("ckpt_lora.pt"))
+lora.fuse(fresh)  # W + BA as one weight, as loralib's layers have it behind eval()
 with torch.no_grad():
     print("the same answers again:", torch.equal(fresh(ids).logits, tuned))
 os.remove(checkpoint_path)
