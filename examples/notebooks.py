@@ -20,7 +20,7 @@ WORK = Path(__file__).parents[1] / "runs" / "examples"
 
 def main(names: list[str]) -> None:
     os.environ.setdefault("MODEL", "smollm2")
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "WANDB_SILENT": "true", "PYTHONWARNINGS": "ignore:IProgress"}
     WORK.mkdir(parents=True, exist_ok=True)
     for script in sorted(EXAMPLES.glob("*.py")):
         if names and script.stem not in names:

@@ -1,7 +1,9 @@
 """Real tokenizers and small random models, shared by all rooms' tests."""
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,17 @@ def chats(tmp_path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """pytest's, which listens at the root, where a run's lines don't come."""
+    logger, propagate = logging.getLogger("phinetune"), logging.getLogger("phinetune").propagate
+    logger.addHandler(caplog.handler)
+    logger.propagate = False
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.propagate = propagate
 
 
 def draw_lora_B(model: Any, seed: int = 1, std: float = 0.02) -> None:

@@ -85,6 +85,7 @@ def run_code(file: str) -> None:
     exec(compile(Path(file).read_text(encoding="utf-8"), file, "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in of_pages("") if any(b.commands() for b in blocks(p.values[0]))])
 def test_the_commands_of_a_page_run(page, page_folder):
     recipe = page_folder / "recipe.yaml"
@@ -100,6 +101,7 @@ def test_the_commands_of_a_page_run(page, page_folder):
         assert not pushes or "access token" in said.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", of_pages("python"))
 def test_the_python_of_a_page_runs(page, page_folder):
     code = "\n".join(block.text for block in blocks(page) if block.language == "python")

@@ -18,6 +18,7 @@ from test_docs import run_code
 from transformers import AutoModelForCausalLM, Phi3Config
 
 SCRIPTS = sorted((ROOT / "examples" / "guide").glob("*.py"))
+SAMPLE = ("sample_finetune", "phi3_finetune_lora")  # of those that run in `make test`
 SEVEN = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 
 
@@ -56,7 +57,10 @@ def test_the_notebook_is_the_script_executed(file):
         assert private not in said
 
 
-@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=() if f.stem in SAMPLE else pytest.mark.slow, id=f.stem) for f in SCRIPTS],
+)
 def test_each_runs_on_a_small_phi3(file, tmp_path, small):
     said = run(file, tmp_path, **small)
     assert "held-out loss" in said or "eval_loss" in said or "the same answers again: True" in said

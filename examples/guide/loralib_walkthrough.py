@@ -104,12 +104,12 @@ for batch in dataloader:
     optimizer.step()
     optimizer.zero_grad()
     print(f"{loss.item():.3f}", end=" ")
-model.eval()
 
 # %% [markdown]
 # ## Saving and loading
 
 # %%
+model.eval()
 checkpoint_path = "ckpt_lora.pt"
 
 # ===== Before =====
@@ -130,7 +130,7 @@ with torch.no_grad():
     print("the same answers as before it was saved:", torch.equal(model(ids).logits, tuned))
 
 # strict=False says nothing of a name that isn't the model's. This loads the same, and would.
-lora.load_lora_state_dict(model, torch.load("ckpt_lora.pt"))
+print(lora.load_lora_state_dict(model, torch.load("ckpt_lora.pt")))
 
 # %% [markdown]
 # ## The same by one call

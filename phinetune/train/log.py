@@ -16,17 +16,22 @@ from phinetune.recipe import Recipe
 from phinetune.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, force_jupyter=False)
 
 
 @contextmanager
 def run_log(folder: Path, level: str) -> Iterator[None]:
-    """Everything logged under `phinetune` goes to the screen and to `train.log`, for a `with` block."""
+    """Everything logged under `phinetune` goes to the screen and to `train.log`, for a `with` block.
+
+    It doesn't go on to the root logger, whose handlers, a notebook's say, would show it once more; whoever wants it
+    adds a handler to `phinetune`.
+    """
     logger = logging.getLogger("phinetune")
     screen = _Screen()
     file = _File(folder / "train.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    before = logger.level
+    before = logger.level, logger.propagate
+    logger.propagate = False
     logger.setLevel("INFO" if level == "passive" else level.upper())
     for handler in (screen, file):
         logger.addHandler(handler)
@@ -36,7 +41,8 @@ def run_log(folder: Path, level: str) -> Iterator[None]:
         for handler in (screen, file):
             logger.removeHandler(handler)
         file.close()
-        logger.setLevel(before)
+        level_before, logger.propagate = before
+        logger.setLevel(level_before)
 
 
 class _File(logging.FileHandler):
