@@ -46,7 +46,9 @@ def finetune(
         data: further settings of the recipe's data section, such as `{"max_length": 1024}`.
         training_config: a dictionary with the names of TrainingArguments, or such an object.
         peft_config: a dictionary with the names of LoraConfig, or such an object.
-        resume, overwrite, rehearsal: as `--resume`, `--overwrite` and `--no-rehearsal` of `phinetune train`.
+        resume: goes on from the newest whole checkpoint of the output folder, or from the one that is named.
+        overwrite: empties an output folder that holds an earlier run.
+        rehearsal: tries everything once, with the longest rows, before the first step.
         **sections: `model_kwargs`, `tokenizer_kwargs`, `evaluation`.
 
     Returns:
