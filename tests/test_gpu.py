@@ -85,7 +85,8 @@ def test_fast_layers_and_flat_batches_are_as_on_the_cpu(family):
         assert relative_error(gradients[1][name], gradient) < 1e-4
 
 
-def test_a_run_its_checkpoint_and_its_resume(tiny_llama_folder, chats, tmp_path):
+@pytest.mark.parametrize("few_bits", [{}, {"load_in_8bit": True}, {"load_in_4bit": True}], ids=lambda kind: str(kind))
+def test_a_run_its_checkpoint_and_its_resume(tiny_llama_folder, chats, tmp_path, few_bits):
     def run(name, steps, resume=False):
         return phinetune.finetune(
             model=str(tiny_llama_folder),
@@ -95,7 +96,7 @@ def test_a_run_its_checkpoint_and_its_resume(tiny_llama_folder, chats, tmp_path)
                 "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
             },
             peft_config={"r": 2, "lora_dropout": 0.1},
-            model_kwargs={"dtype": "bfloat16"},
+            model_kwargs={"dtype": "bfloat16", **few_bits},
             resume=resume,
         ).folder  # fmt: skip
 

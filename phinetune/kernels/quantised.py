@@ -1,6 +1,6 @@
 """Frozen weights in fewer bits than a float has, which look like the (N, K) tensor of floats that they stand for.
 
-A kind (int8.py, nf4.py) says what it keeps and how its two products are made; here is what all kinds have in common.
+A kind (int8.py, bnb.py) says what it keeps and how its two products are made; here is what all kinds have in common.
 Such a tensor can be the weight of an `nn.Linear`.  Copies, moves between devices, state dicts and pickles stay
 quantised; anything else (`.float()`, `.T`, `w + 1`) is done on the dequantised weight and gives a plain tensor.  It
 can't be written to, but for `copy_`, which quantises.

@@ -13,7 +13,7 @@ from phinetune.hub import hub_answers
 from phinetune.model import attention, smollm2
 from phinetune.model.family import FLAT_FAMILIES
 from phinetune.model.files import check_model_files, check_sizes
-from phinetune.model.quantise import quantise_layers, quantise_to_4bit, sample_ids, take_over_4bit
+from phinetune.model.quantise import quantise_by_bitsandbytes, quantise_layers, sample_ids, take_over
 from phinetune.recipe import ModelKwargs
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     else with random ones.
 
     Raises:
-        ModelError: if it can't be had or can't be read, or isn't to be had in 8 bits on this device.
+        ModelError: if it can't be had or can't be read, or not in the bits that are asked for.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -65,9 +65,6 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
 
     attention.register()
     device = device or torch.device("cpu")
-    if kwargs.load_in_8bit and device.type != "cpu":
-        what = "means bitsandbytes' 8-bit on a GPU, which isn't supported yet"
-        raise ModelError("model_kwargs.load_in_8bit", what, "leave it out, or set training_config.use_cpu")
     options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(kwargs.dtype, device, warn=False))}
     if model.endswith(".gguf"):
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -91,14 +88,22 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     if implementation == attention.NAME:
         fast.install(loaded)
     loaded.requires_grad_(False).eval()
-    came_in_4bit = take_over_4bit(loaded)
-    if came_in_4bit and kwargs.load_in_8bit:
-        raise ModelError("model_kwargs.load_in_8bit", f"{model} is kept in 4 bits", "leave it out")
-    if kwargs.load_in_8bit:
-        quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.vocab_size))
-    if kwargs.load_in_4bit and not came_in_4bit:
-        quantise_to_4bit(loaded.to(device), kwargs)
+    _quantise(loaded, model, kwargs, device)
     return loaded.to(device)
+
+
+def _quantise(loaded: Any, model: str, kwargs: ModelKwargs, device: torch.device) -> None:
+    """As the settings ask, or as the model comes."""
+    asked = "4 bits" if kwargs.load_in_4bit else "8 bits" if kwargs.load_in_8bit else None
+    came_in = take_over(loaded)
+    if came_in is not None and asked not in (None, came_in):
+        raise ModelError(f"model_kwargs.load_in_{asked[0]}bit", f"{model} is kept in {came_in}", "leave it out")
+    if came_in is not None or asked is None:
+        return
+    if asked == "8 bits" and device.type == "cpu":
+        quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.vocab_size))
+    else:
+        quantise_by_bitsandbytes(loaded.to(device), kwargs)
 
 
 def _config(model: str, source: "_Source") -> Any:

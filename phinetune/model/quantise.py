@@ -1,12 +1,12 @@
-"""A model's weights in fewer bits: `load_in_4bit`, by bitsandbytes, and `load_in_8bit` on a CPU.
+"""A model's weights in fewer bits: `load_in_4bit` by bitsandbytes, as `load_in_8bit` on a GPU; `load_in_8bit` on a CPU.
 
-4 bits (phinetune.kernels.nf4): every linear layer but the head, as in the QLoRA paper, or those that a model comes
-with.
+By bitsandbytes (phinetune.kernels.bnb): every linear layer but the head, as in the QLoRA paper, or those that a model
+comes with.
 
-8 bits (phinetune.kernels.int8), each layer's error looked at.  Some tokens of text run through the model once.  Just
-before a linear layer multiplies, its weight becomes int8, and its own inputs tell by how much the layer's output is
-off; a layer that is off by more than `TOLERANCE` stays as it was.  So each layer is judged on what the quantised layers
-before it give, and no second copy of the model is ever held.
+8 bits on a CPU (phinetune.kernels.int8), each layer's error looked at.  Some tokens of text run through the model
+once.  Just before a linear layer multiplies, its weight becomes int8, and its own inputs tell by how much the layer's
+output is off; a layer that is off by more than `TOLERANCE` stays as it was.  So each layer is judged on what the
+quantised layers before it give, and no second copy of the model is ever held.
 """
 
 import logging
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.errors import ModelError
-from phinetune.kernels import int8, nf4
+from phinetune.kernels import bnb, int8
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.recipe import ModelKwargs
 
@@ -42,52 +42,58 @@ class Quantised(NamedTuple):
     """Of the quantised weights."""
 
 
-def quantise_to_4bit(model: nn.Module, kwargs: ModelKwargs) -> None:
-    """4 bits in the place of the weight of every `nn.Linear` but the output head, which is left with the norms and
+def quantise_by_bitsandbytes(model: nn.Module, kwargs: ModelKwargs) -> None:
+    """4 or 8 bits in the place of the weight of every `nn.Linear` but the output head, which is left with the norms and
     embeddings as it was.
 
     Raises:
         ModelError: if bitsandbytes isn't installed, or the model has no such layer.
     """
+    where = f"model_kwargs.load_in_{4 if kwargs.load_in_4bit else 8}bit"
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         what = "needs bitsandbytes, which is not installed"
-        raise ModelError("model_kwargs.load_in_4bit", what, "pip install 'phinetune[qlora]'") from None
+        raise ModelError(where, what, "pip install 'phinetune[qlora]'") from None
     layers = list(_linear_layers(model))
     for _, layer in layers:
-        layer.weight = nn.Parameter(in_4bit(layer.weight, kwargs), requires_grad=False)
+        few_bits = in_4bit(layer.weight, kwargs) if kwargs.load_in_4bit else bnb.quantise_8bit(layer.weight)
+        layer.weight = nn.Parameter(few_bits, requires_grad=False)
     if not layers:
-        what = "none of its layers is an nn.Linear that could be in 4 bits"
-        raise ModelError("model_kwargs.load_in_4bit", what, "leave it out for this model")
+        raise ModelError(where, "none of its layers is an nn.Linear that could be quantised", "leave it out")
 
 
-def in_4bit(weight: Tensor, kwargs: ModelKwargs) -> nf4.FourBitWeight:
+def in_4bit(weight: Tensor, kwargs: ModelKwargs) -> bnb.FourBitWeight:
     """A weight as the `bnb_4bit_…` settings ask for it."""
     compute = None if kwargs.bnb_4bit_compute_dtype == "auto" else getattr(torch, kwargs.bnb_4bit_compute_dtype)
-    return nf4.quantise(weight, kwargs.bnb_4bit_quant_type, kwargs.bnb_4bit_use_double_quant, compute)
+    return bnb.quantise_4bit(weight, kwargs.bnb_4bit_quant_type, kwargs.bnb_4bit_use_double_quant, compute)
 
 
-def take_over_4bit(model: nn.Module) -> int:
-    """Plain linear layers with phinetune's 4-bit weights in the place of bitsandbytes' own layers, which a model that
-    was saved in 4 bits is loaded with; returns how many there were."""
-    taken = 0
+def take_over(model: nn.Module) -> str | None:
+    """Plain linear layers with phinetune's weights in the place of bitsandbytes' own layers, which a model that was
+    saved in 4 or 8 bits is loaded with; says in which of the two it came."""
+    taken = None
     for name, module in list(model.named_modules()):
-        if type(module).__name__ != "Linear4bit":
+        if type(module).__name__ not in ("Linear4bit", "Linear8bitLt"):
             continue
         old: Any = module
         plain = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
-        weight = nf4.FourBitWeight(
-            old.weight.data, old.weight.quant_state, old.compute_dtype or old.weight.quant_state.dtype
-        )
-        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.weight = nn.Parameter(_taken(old, model), requires_grad=False)
         plain.bias = old.bias
         model.set_submodule(name, plain)
-        taken += 1
+        taken = "4 bits" if type(module).__name__ == "Linear4bit" else "8 bits"
     if taken:
         transformer: Any = model
         del transformer.config.quantization_config  # what is saved from here on says for itself how it is kept
     return taken
+
+
+def _taken(old: Any, model: Any) -> QuantisedWeight:
+    """The weight of a layer of bitsandbytes'."""
+    if type(old).__name__ == "Linear8bitLt":
+        return bnb.EightBitWeight(old.weight.CB, old.weight.SCB, model.dtype)
+    state = old.weight.quant_state
+    return bnb.FourBitWeight(old.weight.data, state, old.compute_dtype or state.dtype)
 
 
 def quantise_layers(model: nn.Module, ids: Tensor, tolerance: float = TOLERANCE) -> dict[str, float]:

@@ -87,8 +87,8 @@ class ModelKwargs(Section):
     attn_implementation: Annotated[str, AfterValidator(_no_code_from_hub)] = "auto"
     """`auto`: phinetune's packed attention where the model can take it; else as transformers names it."""
     load_in_8bit: bool = False
-    """On a CPU: the decoder layers' weights in phinetune's own int8, half of bfloat16's memory and faster products. Not
-    on a GPU yet, where it would mean bitsandbytes."""
+    """The decoder layers' weights in 8 bits, half of bfloat16's memory. On a CPU in phinetune's own int8, with faster
+    products; on a GPU by bitsandbytes, dequantised for each product."""
     load_in_4bit: bool = False
     """QLoRA: the decoder layers' weights in 4 bits by bitsandbytes, on a CPU as on a GPU, a quarter of bfloat16's
     memory; dequantised for each product."""

@@ -411,7 +411,9 @@ def _announce(loop: Loop, data: Prepared, threads: str) -> None:
         log.info(f"device: cpu, {threads}{', C++ kernels' if has_kernels(model.dtype) else ''}")
     if (quantised := quantised_layers(model)).names:
         kwargs = loop.recipe.model_kwargs
-        how = "load_in_8bit on a CPU is phinetune's own int8" if kwargs.load_in_8bit else "4 bits, by bitsandbytes"
+        how = f"{8 if kwargs.load_in_8bit else 4} bits, by bitsandbytes"
+        if kwargs.load_in_8bit and model.device.type == "cpu":
+            how = "load_in_8bit on a CPU is phinetune's own int8"
         log.info(
             f"{how}: {len(quantised.names)} of {len(quantised.names) + len(quantised.plain)} linear layers, "
             f"{quantised.nbytes / 1e9:.2f} GB"

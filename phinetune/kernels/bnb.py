@@ -1,15 +1,17 @@
-"""Frozen weights in 4 bits, as QLoRA keeps them: bitsandbytes' blocks of NF4 (or FP4), dequantised for each product.
+"""Frozen weights as bitsandbytes keeps them, on a CPU as on CUDA, dequantised for each product.
 
-    W[i] ≈ absmax[i // blocksize] · table[code[i]]
+    4 bits  W[i] ≈ absmax[i // blocksize] · table[code[i]]
+    8 bits  W[n, k] ≈ absmax[n] · code[n, k] / 127
 
-Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023): the NormalFloat table in section 3, and double
-quantisation, by which the scales of the blocks are kept in 8 bits themselves.  bitsandbytes quantises and dequantises,
-on a CPU as on CUDA: the numbers are those of its own layers.
+4 bits are QLoRA's: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), the NormalFloat table in
+section 3, and double quantisation, by which the scales of the blocks are kept in 8 bits themselves.  8 bits are the
+weights of LLM.int8() (Dettmers et al., 2022); activations are left as they are, so there are no outliers to look after.
+bitsandbytes quantises and dequantises: the numbers are those of its own layers.
 
 Shape suffixes: T tokens, K inputs, N outputs; a weight is (N, K) as in `nn.Linear`.
 """
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -19,12 +21,31 @@ from phinetune.kernels.products import product
 from phinetune.kernels.quantised import QuantisedWeight
 
 
-class FourBitWeight(QuantisedWeight):
-    """A frozen weight as bitsandbytes' packed `codes` and the tensors of its `QuantState`.
+class DequantisedForProducts(QuantisedWeight):
+    """What both kinds have in common. `compute_dtype` is that of the products; what comes out has the dtype of what
+    went in."""
 
-    `compute_dtype` is that of the products; what comes out has the dtype of what went in.
-    """
+    NAME: ClassVar[str]
+    compute_dtype: torch.dtype
 
+    def linear(self, x_TK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled() and (x_TK.requires_grad or (bias_N is not None and bias_N.requires_grad)):
+            return cast(Tensor, _Linear.apply(x_TK, self, bias_N))
+        bias_N = None if bias_N is None else bias_N.to(self.compute_dtype)
+        return product(x_TK.to(self.compute_dtype), self.dequantise(self.compute_dtype).T, bias_N).to(x_TK.dtype)
+
+    def input_gradient(self, dy_TN: Tensor) -> Tensor:
+        return product(dy_TN.to(self.compute_dtype), self.dequantise(self.compute_dtype)).to(dy_TN.dtype)
+
+    def cast(self, plain_NK: Tensor) -> Any:
+        """Quantising again would change the numbers, in silence."""
+        raise RuntimeError(f"{self.NAME} has its dtype for good: load the model in another, or dequantise it")
+
+
+class FourBitWeight(DequantisedForProducts):
+    """A frozen weight as bitsandbytes' packed `codes` and the tensors of its `QuantState`."""
+
+    NAME = "a 4-bit weight"
     PARTS = ("codes", "absmax", "table", "absmax2", "table2", "offset")
     SETTINGS = ("blocksize", "blocksize2", "dtype2", "quant_type", "compute_dtype")
     codes: Tensor
@@ -37,7 +58,6 @@ class FourBitWeight(QuantisedWeight):
     blocksize2: int
     dtype2: torch.dtype | None
     quant_type: str
-    compute_dtype: torch.dtype
 
     @staticmethod
     def __new__(cls, codes: Tensor, state: Any, compute_dtype: torch.dtype) -> "FourBitWeight":
@@ -83,26 +103,13 @@ class FourBitWeight(QuantisedWeight):
         plain: Tensor = dequantize_4bit(self.codes, self.state)
         return plain.view(self.shape).to(dtype or self.dtype)
 
-    def linear(self, x_TK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        if torch.is_grad_enabled() and (x_TK.requires_grad or (bias_N is not None and bias_N.requires_grad)):
-            return cast(Tensor, _Linear.apply(x_TK, self, bias_N))
-        bias_N = None if bias_N is None else bias_N.to(self.compute_dtype)
-        return product(x_TK.to(self.compute_dtype), self.dequantise(self.compute_dtype).T, bias_N).to(x_TK.dtype)
-
-    def input_gradient(self, dy_TN: Tensor) -> Tensor:
-        return product(dy_TN.to(self.compute_dtype), self.dequantise(self.compute_dtype)).to(dy_TN.dtype)
-
-    def cast(self, plain_NK: Tensor) -> "FourBitWeight":
-        """Quantising again would change the numbers, in silence."""
-        raise RuntimeError("a 4-bit weight has its dtype for good: load the model in another, or dequantise it")
-
     def quantised_alike(self, plain_NK: Tensor) -> "FourBitWeight":
-        return quantise(
+        return quantise_4bit(
             plain_NK, self.quant_type, self.absmax2 is not None, self.compute_dtype, blocksize=self.blocksize
         )
 
 
-def quantise(
+def quantise_4bit(
     weight_NK: Tensor,
     quant_type: str = "nf4",
     double_quant: bool = True,
@@ -125,9 +132,41 @@ def quantise(
     return FourBitWeight(codes, state, compute_dtype or weight_NK.dtype)
 
 
+class EightBitWeight(DequantisedForProducts):
+    """A frozen weight as bitsandbytes' `codes` (N, K) in int8 and the largest number of each row, `absmax` (N,)."""
+
+    NAME = "an 8-bit weight"
+    PARTS = ("codes", "absmax")
+    SETTINGS = ("compute_dtype",)
+    codes: Tensor
+    absmax: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> "EightBitWeight":
+        kept = {"codes": codes, "absmax": absmax, "compute_dtype": dtype}
+        return cast(EightBitWeight, QuantisedWeight.wrap(cls, kept, codes.shape, dtype))
+
+    def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        plain: Tensor = int8_vectorwise_dequant(self.codes, self.absmax[:, None])
+        return plain.to(self.dtype).to(dtype or self.dtype)
+
+    def quantised_alike(self, plain_NK: Tensor) -> "EightBitWeight":
+        return quantise_8bit(plain_NK)
+
+
+def quantise_8bit(weight_NK: Tensor) -> EightBitWeight:
+    """A weight (N, K) in 8 bits, by bitsandbytes, which takes it in float16."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    codes, absmax, _ = int8_vectorwise_quant(weight_NK.detach().half().contiguous())
+    return EightBitWeight(codes, absmax, weight_NK.dtype)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, weight: FourBitWeight, bias_N: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, weight: DequantisedForProducts, bias_N: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
         return weight.linear(x_TK, bias_N)

@@ -1,10 +1,11 @@
-"""QLoRA: 4-bit weights are bitsandbytes' own, bit for bit; models on them train, resume and are saved."""
+"""QLoRA: 4-bit weights are bitsandbytes' own, bit for bit, and so are 8-bit ones, which `load_in_8bit` means on a GPU;
+models on them train, resume and are saved."""
 
 import copy
 import json
 import pickle
 
-import bitsandbytes as bnb
+import bitsandbytes
 import commands
 import pytest
 import torch
@@ -15,9 +16,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from phinetune import lora
 from phinetune.data import Example
 from phinetune.errors import ModelError, RecipeError
-from phinetune.kernels import nf4
+from phinetune.kernels import bnb
 from phinetune.model import adapt_model, flat_batches, load_model, loss_sum, quantised_layers
-from phinetune.model.quantise import dequantise_layers, quantise_to_4bit
+from phinetune.model.quantise import dequantise_layers, quantise_by_bitsandbytes
 from phinetune.recipe import ModelKwargs, PeftConfig, make_recipe
 
 KINDS = [("nf4", True), ("nf4", False), ("fp4", True)]
@@ -25,11 +26,11 @@ KINDS = [("nf4", True), ("nf4", False), ("fp4", True)]
 
 def theirs(weight, quant_type, double_quant, compute_dtype):
     """bitsandbytes' layer, by its own class."""
-    layer = bnb.nn.Linear4bit(
+    layer = bitsandbytes.nn.Linear4bit(
         weight.shape[1], weight.shape[0], bias=True, compute_dtype=compute_dtype,
         compress_statistics=double_quant, quant_type=quant_type,
     )  # fmt: skip
-    layer.weight = bnb.nn.Params4bit(
+    layer.weight = bitsandbytes.nn.Params4bit(
         weight.clone(), requires_grad=False, compress_statistics=double_quant, quant_type=quant_type
     )
     with torch.no_grad():
@@ -45,9 +46,9 @@ def test_a_layer_is_bitsandbytes_own(quant_type, double_quant, dtype):
     weight = torch.randn(96, 128, dtype=dtype)
     other = theirs(weight, quant_type, double_quant, torch.float32)
     ours = nn.Linear(128, 96)
-    ours.weight = nn.Parameter(nf4.quantise(weight, quant_type, double_quant, torch.float32), requires_grad=False)
+    ours.weight = nn.Parameter(bnb.quantise_4bit(weight, quant_type, double_quant, torch.float32), requires_grad=False)
     ours.bias = other.bias
-    plain = bnb.functional.dequantize_4bit(other.weight.data, other.weight.quant_state)
+    plain = bitsandbytes.functional.dequantize_4bit(other.weight.data, other.weight.quant_state)
     assert torch.equal(ours.weight.dequantise(), plain)
     assert 0.02 < relative_error(plain, weight) < 0.2
     # 12,288 numbers of half a byte; 192 scales of a byte (with a scale and a table of their own) or four; the table
@@ -69,23 +70,49 @@ def test_a_layer_is_bitsandbytes_own(quant_type, double_quant, dtype):
 
 
 def test_the_products_are_in_the_compute_dtype_and_what_comes_out_is_not():
-    weight = nf4.quantise(torch.randn(64, 64), compute_dtype=torch.bfloat16)
+    weight = bnb.quantise_4bit(torch.randn(64, 64), compute_dtype=torch.bfloat16)
     x = torch.randn(5, 64)
     y = weight.linear(x)
     assert y.dtype == torch.float32
     assert torch.equal(y, (x.bfloat16() @ weight.dequantise(torch.bfloat16).T).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bits_are_a_scale_a_row(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(96, 128, dtype=dtype) * torch.linspace(0.01, 3, 96, dtype=dtype)[:, None]
+    ours = bnb.quantise_8bit(weight)
+    plain = ours.dequantise(torch.float32)
+    half_a_step = weight.half().float().abs().amax(1, keepdim=True) / 127 / 2
+    rounding = 0 if dtype == torch.float32 else weight.float().abs() * 2**-8  # the weight's own dtype again
+    assert ((plain - weight.half().float()).abs() <= half_a_step * 1.001 + rounding).all()
+    assert 0.002 < relative_error(plain, weight) < 0.01
+    assert ours.nbytes == 96 * 128 + 96 * 4
+    codes, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
+    assert torch.equal(plain, bitsandbytes.functional.int8_vectorwise_dequant(codes, absmax[:, None]).to(dtype).float())
+
+    x = torch.randn(5, 128, dtype=dtype, requires_grad=True)
+    y = ours.linear(x)
+    assert torch.equal(y, x @ ours.dequantise().T)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, torch.ones_like(y) @ ours.dequantise())
+    twin = copy.deepcopy(nn.Parameter(ours, requires_grad=False))
+    assert type(twin) is bnb.EightBitWeight
+    assert torch.equal(twin.dequantise(), ours.dequantise())
+    with pytest.raises(RuntimeError, match="an 8-bit weight has its dtype for good"):
+        twin.data = twin.data.to(torch.float64)
+
+
 def test_copies_stay_in_4_bits():
     layer = nn.Linear(64, 64, bias=False)
-    layer.weight = nn.Parameter(nf4.quantise(torch.randn(64, 64)), requires_grad=False)
+    layer.weight = nn.Parameter(bnb.quantise_4bit(torch.randn(64, 64)), requires_grad=False)
     plain = layer.weight.dequantise()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert type(twin.weight) is nf4.FourBitWeight
+        assert type(twin.weight) is bnb.FourBitWeight
         assert isinstance(twin.weight, nn.Parameter)
         assert torch.equal(twin.weight.dequantise(), plain)
     other = nn.Linear(64, 64, bias=False)
-    other.weight = nn.Parameter(nf4.quantise(torch.randn(64, 64)), requires_grad=False)
+    other.weight = nn.Parameter(bnb.quantise_4bit(torch.randn(64, 64)), requires_grad=False)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.weight.dequantise(), plain)
     assert torch.equal(layer.weight + 0, plain)
@@ -96,9 +123,9 @@ def test_copies_stay_in_4_bits():
     assert torch.equal(layer.to("cpu").weight.dequantise(), plain)
 
 
-def in_4bit(family, **kwargs):
+def in_few_bits(family, bits=4, **kwargs):
     model = tiny_model(family)
-    quantise_to_4bit(model, ModelKwargs(load_in_4bit=True, **kwargs))
+    quantise_by_bitsandbytes(model, ModelKwargs(**{f"load_in_{bits}bit": True}, **kwargs))
     return model
 
 
@@ -109,10 +136,11 @@ def batch_of(model, lengths=(30, 50)):
     return batch
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_loss_and_gradients_are_those_of_the_dequantised_model(family):
-    """Fast layers on 4-bit weights, fast layers on the same numbers plain, and transformers' own layers on them."""
-    model = in_4bit(family)
+def test_loss_and_gradients_are_those_of_the_dequantised_model(family, bits):
+    """Fast layers on such weights, fast layers on the same numbers plain, and transformers' own layers on them."""
+    model = in_few_bits(family, bits)
     assert type(model.lm_head.weight) is nn.Parameter
     plain = copy.deepcopy(model)
     dequantise_layers(plain)
@@ -142,8 +170,8 @@ def test_a_model_that_comes_in_4_bits_is_taken_over(tmp_path, tiny_llama_folder,
     model = load_model(str(tmp_path), ModelKwargs(dtype="float32"))
     assert len(quantised_layers(model).names) == 14
     for name, module in saved.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            plain = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            plain = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             assert torch.equal(model.get_submodule(name).weight.dequantise(), plain)
     ids, plain = torch.arange(3, 40)[None], tiny_model("llama", "sdpa", tie_word_embeddings=True)
     weights = {name: p.dequantise() if hasattr(p, "dequantise") else p for name, p in model.named_parameters()}
@@ -152,6 +180,22 @@ def test_a_model_that_comes_in_4_bits_is_taken_over(tmp_path, tiny_llama_folder,
         assert relative_error(model(ids).logits, plain(ids).logits) < 1e-5
     with pytest.raises(ModelError, match="is kept in 4 bits"):
         load_model(str(tmp_path), ModelKwargs(dtype="float32", load_in_8bit=True))
+
+
+def test_a_model_that_comes_in_8_bits_is_taken_over(tmp_path, tiny_llama_folder, smollm2_tokenizer):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    saved = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float16, quantization_config=config)
+    saved.save_pretrained(tmp_path)
+    smollm2_tokenizer.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), ModelKwargs(dtype="float32"))
+    assert len(quantised_layers(model).names) == 14
+    own = load_model(str(tiny_llama_folder), ModelKwargs(dtype="float32"))
+    for name, parameter in own.named_parameters():
+        taken = model.get_parameter(name)
+        if isinstance(taken, bnb.EightBitWeight):
+            assert torch.equal(taken.dequantise(), bnb.quantise_8bit(parameter.half()).dequantise(torch.float32))
+    with pytest.raises(ModelError, match="is kept in 8 bits"):
+        load_model(str(tmp_path), ModelKwargs(dtype="float32", load_in_4bit=True))
 
 
 @pytest.fixture(scope="module")

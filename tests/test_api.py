@@ -1,0 +1,82 @@
+"""`phinetune.load` and `phinetune.merge`: what Python users get of a run."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, pipeline
+
+import phinetune
+from phinetune.errors import AdapterError, ModelError, RecipeError
+from phinetune.lora import lora_layers
+from phinetune.model import quantised_layers
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama_folder):
+    folder = tmp_path_factory.mktemp("run") / "sums"
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
+        for i in range(12)
+    ]
+    phinetune.finetune(
+        model=str(tiny_llama_folder),
+        train=rows,
+        model_kwargs={"dtype": "float32"},
+        training_config={"output_dir": str(folder), "max_steps": 3, "learning_rate": 1e-2, "disable_tqdm": True},
+    )
+    return folder
+
+
+def test_a_loaded_run_answers_in_transformers_pipeline(run, tiny_llama_folder):
+    model, tokenizer = phinetune.load(run)
+    assert not model.training
+    assert model.dtype == torch.float32, "as it was tuned"
+    assert len(list(lora_layers(model))) == 14
+    # SmolLM2's turns end at <|im_end|>, 2, and its text at <|endoftext|>
+    assert 2 in model.generation_config.eos_token_id
+    assert model.generation_config.use_cache
+    said = pipeline("text-generation", model=model, tokenizer=tokenizer)(
+        [{"role": "user", "content": "3 and 1?"}], max_new_tokens=3, do_sample=False
+    )
+    assert said[0]["generated_text"][-1]["role"] == "assistant"
+    base, _ = phinetune.load(tiny_llama_folder, dtype="bfloat16")
+    assert base.dtype == torch.bfloat16
+    assert list(lora_layers(base)) == []
+
+
+def test_settings_of_the_model_go_over_the_runs_own(run):
+    model, _ = phinetune.load(run, torch_dtype="bfloat16", load_in_4bit=True)
+    assert model.dtype == torch.bfloat16
+    assert len(quantised_layers(model).names) == 14
+    with pytest.raises(RecipeError, match="did you mean load_in_4bit"):
+        phinetune.load(run, load_in_4bits=True)
+    with pytest.raises(ModelError, match="no such folder"):
+        phinetune.load("./nowhere")
+
+
+def test_a_merged_model_is_replaced_if_that_is_asked_and_nothing_else_is(run, tmp_path):
+    told = []
+    merged = phinetune.merge(run, tmp_path / "merged", dtype="bfloat16", say=told.append)
+    assert told == [f"wrote {merged}, onto the base"]
+    assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16
+    with pytest.raises(AdapterError, match="is there already"):
+        phinetune.merge(run, merged)
+    phinetune.merge(run, merged, dtype="float16", overwrite=True)
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "float16"
+    (merged / "notes.txt").write_text("mine")
+    with pytest.raises(AdapterError, match=r"holds notes\.txt, which no merge wrote"):
+        phinetune.merge(run, merged, overwrite=True)
+    assert (merged / "notes.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdapterError, match="holds no model"):
+        phinetune.merge(run, tmp_path / "empty", overwrite=True)
+    for wrong in ({"onto": "top"}, {"dtype": "int8"}, {"onto": "dequantised"}):
+        with pytest.raises(RecipeError):
+            phinetune.merge(run, tmp_path / "other", **wrong)
+
+
+def test_the_card_of_a_run(run):
+    card = phinetune.model_card(run, "me/sums")
+    assert card.startswith("---\n")
+    assert "# sums" in card
