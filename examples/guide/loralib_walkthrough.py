@@ -2,14 +2,15 @@
 # # loralib, step by step
 #
 # The guide begins with [loralib](https://github.com/microsoft/LoRA): put its layers in a model, mark them as trainable,
-# save and load only them. Its snippets stand below as they stand there; the import is the only line that has changed.
+# save and load only them. Its snippets stand below in a model that trains; of what they take from loralib, the import
+# is the only line that has changed.
 #
 # **What was broken.** loralib has had no release since 2023, and 34 things go wrong in it, most of them silently: a
 # state dict taken after `eval()` holds the update twice, every `eval()` moves the base a little, `MergedLinear` takes
 # equal parts only, so that grouped-query attention adapts the wrong rows. docs/loralib.md lists them, each with a test.
 #
 # **What changed.** `phinetune.lora` has the same layers, draws the same numbers from the same seed, reads loralib's
-# checkpoints, and none of the 34. The last section does by one call what the snippets do by hand.
+# checkpoints, and has none of the 34. The last section does by one call what the snippets do by hand.
 
 # %%
 import os
@@ -79,8 +80,8 @@ print(model.model.layers[0].self_attn)
 # %% [markdown]
 # ## Training
 #
-# Only what loralib put in is marked. The batch below is one chat, repeated, so that the loss says whether the layers
-# learn; real training is what the other samples do.
+# Only the LoRA layers' own parameters are marked. The batch below is one chat, repeated, so that the loss says whether
+# the layers learn; real training is what the other samples do.
 
 # %%
 # This sets requires_grad to False for all parameters without the string "lora_" in their names

@@ -13,6 +13,8 @@
 # %%
 import os
 
+from transformers import pipeline
+
 import phinetune
 
 MODEL = os.environ.get("MODEL", "microsoft/Phi-3-mini-4k-instruct")  # MODEL=smollm2 needs no network
@@ -95,8 +97,8 @@ for metric, tuned in run.summary["tuned"].items():
 merged = phinetune.merge(run.folder, "runs/phi-3-mini-QLoRA-merged", overwrite=True)
 
 # %%
-model, tokenizer = phinetune.load(merged)
+chat = pipeline("text-generation", model=str(merged))
 held_out = run.comparison.answers[0]
 print("asked   ", held_out.question)
 print("expected", held_out.expected)
-print("answer  ", held_out.tuned)
+print("answer  ", chat(held_out.messages, max_new_tokens=256, do_sample=False)[0]["generated_text"][-1]["content"])

@@ -7,7 +7,7 @@
 # LoRA, QLoRA and GPTQ, and contains none of them: every parameter of the model would be trained, in half precision. It
 # asks for evaluations (`evaluation_strategy="steps"`) and has nothing to evaluate on, which raises. Turns are written
 # with made-up markers and the number 32000 behind them, where the token was meant; rows are cut at 128 tokens without a
-# word. Nothing is saved, and the tuned model is never asked.
+# word. The tuned model is never asked.
 #
 # **What changed.** The chat template writes prompts and rows; `load` sets the tokens at which an answer ends. What
 # trains is a LoRA adapter. Rows that are too long are listed, not cut; one row in twenty is held out. The run's folder
@@ -45,7 +45,7 @@ print(answer([{"role": "user", "content": prompt}], do_sample=True, max_new_toke
 # ## Fine-tuning
 #
 # ShareGPT's `conversations[{from, value}]` are read as they are, and so is every other usual form. The settings are the
-# notebook's own; what it says of old names, and of `fp16`, is printed. `max_length` was 128 there.
+# notebook's own; what it says of old names, and of `bf16`, is printed. `max_length` was 128 there.
 
 # %%
 is_local = os.path.exists(DATA) or DATA.startswith("phinetune:")

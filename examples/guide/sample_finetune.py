@@ -3,11 +3,11 @@
 #
 # After `sample_finetune.py` on the model card of Phi-3-mini. Its two dictionaries stand below as they stand there.
 #
-# **What was broken.** `TrainingArguments` no longer takes `overwrite_output_dir`, and `warmup_ratio` is going;
-# SFTTrainer no longer takes `max_seq_length`, `dataset_text_field`, `tokenizer` and `packing`. The model's own code
+# **What was broken.** `TrainingArguments` no longer takes `overwrite_output_dir` and `warmup_ratio`; SFTTrainer no
+# longer takes `max_seq_length`, `dataset_text_field`, `tokenizer` and `packing`. The model's own code
 # (`trust_remote_code=True`) fails on today's cache. flash-attention needs a GPU. The loss is over all tokens, questions
-# too; packed rows see each other; the last checkpoint is the only one, so a crash while it is written loses the run,
-# and nothing can be resumed. The tuned model is neither merged nor asked.
+# too; packed rows see each other. A crash while a checkpoint is written leaves half of one, of which a resumption dies,
+# and the script never resumes. The tuned model is neither merged nor asked.
 #
 # **What changed.** Nothing in the two dictionaries: each name is honoured, or what became of it is said. Packed rows
 # see only themselves, and the two newest checkpoints stay. Answers are what is learnt; `data={"supervise": "all"}`
@@ -89,7 +89,5 @@ print((run.folder / "metrics.jsonl").read_text())
 print(f"held-out loss: {run.summary['base']['eval_loss']:.4f} before, {run.summary['tuned']['eval_loss']:.4f} after")
 
 # %% [markdown]
-# ## Four GPUs
-#
-# The sample's docstring has a DeepSpeed ZeRO-3 configuration for `accelerate launch`. An adapter's gradients are small,
-# so plain data-parallel training does: `torchrun --nproc-per-node 4 sample_finetune.py`.
+# The sample's docstring has a DeepSpeed ZeRO-3 configuration for four GPUs. phinetune trains on one device; with an
+# adapter, Phi-3-mini fits on one (docs/phi3.md).

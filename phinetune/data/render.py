@@ -83,9 +83,9 @@ class Rendered:
 
 @dataclass(frozen=True)
 class LastAnswer:
-    """What a row's last answer replies to: the question, the whole prompt's ids, and what should be said."""
+    """What a row's last answer replies to, the messages before it and the whole prompt's ids; what should be said."""
 
-    question: str
+    messages: list[Message]
     prompt_ids: list[int]
     expected: str
 
@@ -149,9 +149,8 @@ class Renderer:
         if not whole.turns:
             return None
         begin, end = whole.turns[-1][1]
-        question = asked[-1]["content"] or ""
         expected = self._control.sub("", whole.text[begin:end])
-        return LastAnswer(question, self.prompt_ids(asked, row.tools), expected)
+        return LastAnswer(asked, self.prompt_ids(asked, row.tools), expected)
 
     def turn_ids(self) -> list[int]:
         """The control tokens that end an assistant's words or open the next turn: no answer goes on past one."""

@@ -15,8 +15,9 @@ from phinetune.recipe import EvaluationConfig
 
 @dataclass(frozen=True)
 class Answer:
-    """What was asked, what should have come, and what base and tuned model said."""
+    """What was asked (all of it, and the last message), what should have come, and what base and tuned model said."""
 
+    messages: list[dict[str, Any]]
     question: str
     expected: str
     base: str
@@ -87,5 +88,8 @@ def compare(
     model.train(was_training)
     metrics = measure_loss(losses["base"], losses["tuned"])
     metrics |= {name: measure(name, said["base"], said["tuned"], expected) for name in config.metrics if asked}
-    quadruples = zip([turn.question for turn in asked], expected, said["base"], said["tuned"], strict=True)
-    return Comparison(metrics, len(rows), [Answer(*t) for t in quadruples])
+    found = [
+        Answer(turn.messages, turn.messages[-1]["content"] or "", turn.expected, base, tuned)
+        for turn, base, tuned in zip(asked, said["base"], said["tuned"], strict=True)
+    ]
+    return Comparison(metrics, len(rows), found)

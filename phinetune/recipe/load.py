@@ -91,6 +91,12 @@ def make_recipe(
             if tree.setdefault(owner, {}).setdefault(name, value) != value:
                 what = f"{path} is given twice, as {tree[owner][name]!r} and as {value!r} in {section}"
                 raise RecipeError(where, what, "keep one")
+    for what in ("save", "eval"):
+        config = tree.get("training_config", {})
+        if f"{what}_steps" in config and f"{what}_strategy" not in config:
+            config[f"{what}_strategy"] = "steps"
+            origins[f"training_config.{what}_strategy"] = f"derived from {what}_steps"
+            words.append(f"training_config.{what}_strategy is steps, since {what}_steps is given")
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

@@ -72,7 +72,7 @@ MAPPED: dict[str, dict[str, tuple[str, Convert]]] = {
 
 _HUB = "pushing to the Hub is not part of training"
 _FLAT = "flat batches have no padding, so there is nothing to group or pad"
-_LAUNCH = "processes and devices are the launcher's business"
+_LAUNCH = "a run is one process on one device"
 _NO_TRAINER = "transformers' Trainer is not used"
 _LOADER = "rows are tokenised before the run, there is no loader to tune"
 
@@ -150,7 +150,7 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
         "formatting_func": "rows are chats with `messages`",
         "chat_template_path": "set tokenizer_kwargs.chat_template",
         "eos_token": "set tokenizer_kwargs.eos_token",
-        "truncation_mode": "a row that is too long is listed, never cut",
+        "truncation_mode": "set data.excess_length_strategy: a row that is too long is listed, not cut, by default",
         "shuffle_dataset": "rows are always shuffled, by data_seed",
         "activation_offloading": "activations stay on the device",
         "activation_checkpointing": "set gradient_checkpointing",

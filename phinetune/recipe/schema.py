@@ -192,7 +192,7 @@ class TrainingConfig(Section):
     overwrite_output_dir: bool = False
     """Empties an output folder that holds an earlier run."""
     per_device_train_batch_size: PositiveInt = 4
-    """Rows a step (times gradient_accumulation_steps, times processes)."""
+    """Rows a step (times gradient_accumulation_steps)."""
     per_device_eval_batch_size: PositiveInt = 32
     """Prompts answered at once when answers are evaluated."""
     gradient_accumulation_steps: PositiveInt = 1
@@ -258,13 +258,13 @@ class TrainingConfig(Section):
     project: str = "phinetune"
     """The project or experiment that these put it in."""
     eval_strategy: Strategy = "no"
-    """When the held-out loss is taken, beside once at the end."""
+    """When the held-out loss is taken, beside once at the end; `steps` where only `eval_steps` is given."""
     eval_steps: Annotated[float, Field(gt=0)] | None = None
     """Steps between evaluations; `logging_steps` by default; below 1, a share of all steps."""
     eval_on_start: bool = False
     """Also before step 1."""
     save_strategy: Strategy = "epoch"
-    """When a checkpoint is written."""
+    """When a checkpoint is written; `steps` where only `save_steps` is given."""
     save_steps: Annotated[float, Field(gt=0)] = 500
     """Steps between checkpoints; below 1, a share of all steps."""
     save_total_limit: PositiveInt | None = 2

@@ -849,7 +849,7 @@ CASES = [
         Case("eval_strategy", "epoch", evaluated_at, ([5], [3, 5]), {**QUARTER, **training(max_steps=5)}),
         Case("eval_steps", 2, evaluated_at, ([3], [2, 3]), EVALUATED),
         Case("eval_on_start", True, evaluated_at, ([3], [0, 3]), QUARTER),
-        Case("save_strategy", "steps", checkpoints, ([3, 4], [2, 4]), training(max_steps=4, save_steps=2)),
+        Case("save_strategy", "steps", checkpoints, ([3, 4], [4]), training(max_steps=4)),
         Case("save_strategy", "no", checkpoints, ([3], [])),
         Case("save_steps", 2, checkpoints, ([3], [2, 3]), training(save_strategy="steps")),
         Case("save_total_limit", 3, checkpoints, ([3, 4], [2, 3, 4]), OFTEN),

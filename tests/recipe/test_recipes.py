@@ -52,6 +52,17 @@ def test_an_old_name_is_honoured_with_a_word(section, old, value, path, read_as)
     assert path in words[0]
 
 
+@pytest.mark.parametrize("what", ["save", "eval"])
+def test_steps_without_a_strategy_are_steps(what):
+    """The model card's dictionary has save_steps alone; elsewhere save_strategy is steps unless one says otherwise."""
+    recipe, words = make_recipe({**MINIMAL, "training_config": {f"{what}_steps": 100}})
+    assert getattr(recipe.training_config, f"{what}_strategy") == "steps"
+    assert words == [f"training_config.{what}_strategy is steps, since {what}_steps is given"]
+    assert recipe.origins[f"training_config.{what}_strategy"] == f"derived from {what}_steps"
+    given = {f"{what}_steps": 100, f"{what}_strategy": "epoch"}
+    assert make_recipe({**MINIMAL, "training_config": given})[1] == []
+
+
 def test_a_name_without_counterpart_is_said_aloud():
     given = {
         "training_config": {"group_by_length": True, "push_to_hub": True},
