@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.report.page import render
-from phinetune.report.run import read_run
+from phinetune.report.run import naming_damage, read_run
 
 EMBEDDED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # dequantised from Q4_1, which the card says
 
@@ -19,18 +19,19 @@ def model_card(run: str | Path, repository: str, merged: bool = False) -> str:
         phinetune.errors.InputError: if the folder holds no run.
     """
     found = read_run(Path(run))
-    model = str(found.settings.get("model", found.summary.get("model", "")))
-    base = EMBEDDED.get(model, model)
-    on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
-    values: dict[str, Any] = {
-        "run": found,
-        "repository": repository,
-        "merged": merged,
-        "model": model,
-        "base": base if on_hub else None,
-        "changed": [setting for setting in found.about.get("settings", []) if _is_told(setting)],
-    }
-    return render("card.md.jinja", escaped=False, **values)
+    with naming_damage(Path(run)):
+        model = str(found.settings.get("model", found.summary.get("model", "")))
+        base = EMBEDDED.get(model, model)
+        on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+        values: dict[str, Any] = {
+            "run": found,
+            "repository": repository,
+            "merged": merged,
+            "model": model,
+            "base": base if on_hub else None,
+            "changed": [setting for setting in found.about.get("settings", []) if _is_told(setting)],
+        }
+        return render("card.md.jinja", escaped=False, **values)
 
 
 def _is_told(setting: dict[str, Any]) -> bool:

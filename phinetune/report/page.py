@@ -7,7 +7,7 @@ from typing import Any
 
 from phinetune.disk import write_text
 from phinetune.report.charts import Series, bars, curves
-from phinetune.report.run import Run, read_run
+from phinetune.report.run import Run, naming_damage, read_run
 
 REPORT = "report.html"
 ANSWERS = 50  # shown
@@ -21,14 +21,15 @@ def write_report(folder: Path) -> Path:
         RunError: if the disk is full.
     """
     run = read_run(folder)
-    page = render(
-        "run.html.jinja",
-        run=run,
-        charts=[chart for chart in _charts([run]) if chart],
-        histograms=[chart for chart in _histograms(run) if chart],
-        columns=_columns(run.metrics),
-        answers=run.answers[:ANSWERS],
-    )
+    with naming_damage(folder):
+        page = render(
+            "run.html.jinja",
+            run=run,
+            charts=[chart for chart in _charts([run]) if chart],
+            histograms=[chart for chart in _histograms(run) if chart],
+            columns=_columns(run.metrics),
+            answers=run.answers[:ANSWERS],
+        )
     write_text(folder / REPORT, page)
     return folder / REPORT
 
@@ -42,16 +43,17 @@ def write_comparison(folders: Sequence[Path], path: Path) -> None:
     """
     runs = [read_run(folder) for folder in folders]
     names = _names(runs)
-    settings = dict.fromkeys(name for run in runs for name in run.settings)
-    values = {setting: [run.settings.get(setting) for run in runs] for setting in settings}
-    differing = {setting: found for setting, found in values.items() if any(value != found[0] for value in found)}
-    page = render(
-        "comparison.html.jinja",
-        runs=list(zip(names, runs, strict=True)),
-        charts=[chart for chart in _charts(runs, names) if chart],
-        differing=differing,
-        metrics=list(dict.fromkeys(name for run in runs for name in run.summary.get("tuned", {}))),
-    )
+    with naming_damage(*folders):
+        settings = dict.fromkeys(name for run in runs for name in run.settings)
+        values = {setting: [run.settings.get(setting) for run in runs] for setting in settings}
+        differing = {setting: found for setting, found in values.items() if any(value != found[0] for value in found)}
+        page = render(
+            "comparison.html.jinja",
+            runs=list(zip(names, runs, strict=True)),
+            charts=[chart for chart in _charts(runs, names) if chart],
+            differing=differing,
+            metrics=list(dict.fromkeys(name for run in runs for name in run.summary.get("tuned", {}))),
+        )
     write_text(path, page)
 
 

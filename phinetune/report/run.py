@@ -1,6 +1,8 @@
 """What a run's folder tells of it: read, never trusted."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,19 @@ def read_run(folder: Path) -> Run:
         )
     except (Untrusted, OSError) as error:
         raise InputError(str(folder), str(error), "give the output folder of a run") from None
+
+
+@contextmanager
+def naming_damage(*folders: Path) -> Iterator[None]:
+    """JSON of another form than a run writes is the folder's fault, in a `with` block that reads it."""
+    from jinja2 import UndefinedError
+
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, UndefinedError) as error:
+        where = ", ".join(map(str, folders))
+        what = f"a file in it holds something else than a run writes ({error})"
+        raise InputError(where, what, "give the output folder of a run") from error
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -845,7 +845,7 @@ CASES = [
         Case("report_to", "tensorboard", boards, (set(), {"runs/mine/tensorboard"})),
         Case("run_name", "a try", experiments, ({"phinetune": {"mine"}}, {"phinetune": {"a try"}}), MLFLOW),
         Case("project", "ours", experiments, ({"phinetune": {"mine"}}, {"ours": {"mine"}}), MLFLOW),
-        Case("eval_strategy", "steps", evaluated_at, ([3], [1, 2, 3]), EVALUATED),
+        Case("eval_strategy", "steps", evaluated_at, ([3], [1, 2, 3]), {**QUARTER, **training(logging_steps=1)}),
         Case("eval_strategy", "epoch", evaluated_at, ([5], [3, 5]), {**QUARTER, **training(max_steps=5)}),
         Case("eval_steps", 2, evaluated_at, ([3], [2, 3]), EVALUATED),
         Case("eval_on_start", True, evaluated_at, ([3], [0, 3]), QUARTER),

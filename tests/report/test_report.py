@@ -172,6 +172,25 @@ def test_files_that_are_no_runs_are_refused(folder, tmp_path, content):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", '{"tuned": [1]}'),
+        ("summary.json", '{"tuned": {"eval_loss": "low"}, "base": 3}'),
+        ("ledger.json", '{"train": 5}'),
+        ("ledger.json", '{"train": {"histogram": [{"from": "a"}]}}'),
+        ("run.json", '{"settings": [{"path": 1}]}'),
+        ("answers.jsonl", '{"question": 1}\n'),
+    ],
+)
+def test_files_of_another_form_are_an_error(folder, tmp_path, name, content):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "one", run)
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match="holds something else than a run writes"):
+        write_report(run)
+
+
 def test_in_a_browser(folder, tmp_path):
     log = tmp_path / "net.json"
     command = [
