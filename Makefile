@@ -22,8 +22,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/phinetune demo --overwrite
 
+# A process a core, each with one thread: two that want all cores take ten times as long.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -35,7 +36,7 @@ examples: install
 # build/site, without a broken link; and every command, recipe and piece of Python in the pages is run.
 docs: install .venv-docs/installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
-	$(BIN)/python -m pytest -m "slow or not slow" tests/test_docs.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist load -m "slow or not slow" tests/test_docs.py
 
 # make bench SECTIONS='gate speed'   measures a part again; python benchmarks/cpu --help lists them
 bench: install .venv-trl/installed .venv-litgpt/installed

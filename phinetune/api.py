@@ -17,7 +17,7 @@ from phinetune.adapter import (
 from phinetune.errors import RecipeError
 from phinetune.evaluate import dequantised_is_better
 from phinetune.model import load_model, load_tokenizer, pick_device, stop_ids
-from phinetune.recipe import DataSource, ModelKwargs, make_model_kwargs, make_recipe
+from phinetune.recipe import FROM_PYTHON, DataSource, ModelKwargs, make_model_kwargs, make_recipe
 from phinetune.report import model_card
 from phinetune.train import Result
 from phinetune.train import train as train_recipe
@@ -194,5 +194,5 @@ def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:
     if isinstance(first, str | Path) or (isinstance(first, Mapping) and set(first) <= set(DataSource.model_fields)):
         items = [first, *rows]
         return [str(item) if isinstance(item, Path) else item for item in items], None
-    count = f"{len(source):,} rows" if hasattr(source, "__len__") else "rows"
-    return f"{count} from Python", itertools.chain([] if first is None else [first], rows)
+    count = f"{len(source):,} " if hasattr(source, "__len__") else ""
+    return f"{count}{FROM_PYTHON}", itertools.chain([] if first is None else [first], rows)

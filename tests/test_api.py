@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from commands import phinetune as command
 from transformers import AutoModelForCausalLM, pipeline
 
 import phinetune
@@ -74,6 +75,19 @@ def test_a_merged_model_is_replaced_if_that_is_asked_and_nothing_else_is(run, tm
     for wrong in ({"onto": "top"}, {"dtype": "int8"}, {"onto": "dequantised"}):
         with pytest.raises(RecipeError):
             phinetune.merge(run, tmp_path / "other", **wrong)
+
+
+def test_rows_that_were_objects_are_no_held_out_rows(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    for file in run.glob("*"):
+        if file.is_file():
+            (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
+    recipe = (run / "recipe.yaml").read_text()
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.replace("eval: null", "eval: 0.2"))
+    said = command("evaluate", tmp_path / "run")
+    assert said.returncode == 2
+    assert "its rows (12 rows from Python) can't be read again" in said.stderr
+    assert "--data" in said.stderr
 
 
 def test_the_card_of_a_run(run):

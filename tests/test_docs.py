@@ -54,9 +54,10 @@ def finished_run(tmp_path_factory, tiny_llama_folder):
         {"messages": [{"role": "user", "content": f"{i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]}
         for i in range(20)
     ]
+    (folder / "rows.json").write_text(json.dumps(rows))
     finetune(
         model=str(tiny_llama_folder),
-        train=rows,
+        train=str(folder / "rows.json"),
         eval=0.2,
         training_config={"output_dir": str(folder / "run"), "max_steps": 2, "disable_tqdm": True},
     )
@@ -64,10 +65,8 @@ def finished_run(tmp_path_factory, tiny_llama_folder):
 
 
 @pytest.fixture
-def page_folder(tmp_path, chats, tiny_llama_folder, smollm2_tokenizer, finished_run):
-    """Where a page's commands are run."""
-    for name in ("mine", "a", "b"):
-        shutil.copytree(finished_run, tmp_path / "runs" / name)
+def page_folder(tmp_path, chats, tiny_llama_folder, smollm2_tokenizer):
+    """Where what a page shows is run."""
     folder = tmp_path / PHI3
     tiny_model("phi3", "sdpa").save_pretrained(folder)
     smollm2_tokenizer.save_pretrained(folder)
@@ -87,7 +86,9 @@ def run_code(file: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in of_pages("") if any(b.commands() for b in blocks(p.values[0]))])
-def test_the_commands_of_a_page_run(page, page_folder):
+def test_the_commands_of_a_page_run(page, page_folder, finished_run):
+    for name in ("mine", "a", "b"):
+        shutil.copytree(finished_run, page_folder / "runs" / name)
     recipe = page_folder / "recipe.yaml"
     if not any("phinetune init" in block.text for block in blocks(page)):
         phinetune("init", "chats.jsonl", cwd=page_folder)

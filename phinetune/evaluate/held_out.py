@@ -9,7 +9,7 @@ from phinetune.adapter import load_tuned, run_folders
 from phinetune.data import prepare
 from phinetune.errors import DataError
 from phinetune.evaluate.loss import evaluate_loss
-from phinetune.recipe import DataConfig, Recipe
+from phinetune.recipe import FROM_PYTHON, DataConfig, Recipe
 
 
 def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None = None) -> tuple[Any, Any]:
@@ -24,8 +24,11 @@ def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None 
         asked = like.model_copy(update={"train": data, "eval": None, "max_length": 1 << 20, "duplicates": "keep"})
         prepared = prepare(asked, tokenizer, seed=0)
         return prepared.train, prepared.train_rows
-    if recipe is None or recipe.data.eval in (None, 0) or "-" in _paths(recipe):
+    if recipe is None or recipe.data.eval in (None, 0):
         raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
+    if gone := [path for path in _paths(recipe) if path == "-" or path.endswith(FROM_PYTHON)]:
+        what = f"its rows ({gone[0]}) can't be read again, so what was held out is not known"
+        raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
     prepared = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
     ledger = next(f / "ledger.json" for f in run_folders(run) if (f / "ledger.json").is_file())
     if prepared.fingerprint != json.loads(ledger.read_text(encoding="utf-8")).get("fingerprint"):
@@ -35,7 +38,7 @@ def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None 
 
 
 def _paths(recipe: Recipe) -> list[str]:
-    """What the recipe names as data; `-` can't be read again."""
+    """What the recipe names as data."""
     given = [recipe.data.train, recipe.data.eval]
     items = [item for source in given for item in (source if isinstance(source, list) else [source])]
     return [item if isinstance(item, str) else getattr(item, "path", "") for item in items]

@@ -3,6 +3,7 @@
 from phinetune.recipe.load import apply_override, dump_recipe, load_recipe, make_model_kwargs, make_recipe
 from phinetune.recipe.schema import (
     ANSWER_METRICS,
+    FROM_PYTHON,
     DataConfig,
     DataSource,
     EvaluationConfig,
@@ -14,6 +15,7 @@ from phinetune.recipe.schema import (
 
 __all__ = [
     "ANSWER_METRICS",
+    "FROM_PYTHON",
     "DataConfig",
     "DataSource",
     "EvaluationConfig",

@@ -111,7 +111,10 @@ def make_model_kwargs(given: Mapping[str, Any], over: ModelKwargs) -> ModelKwarg
     Raises:
         RecipeError: as `make_recipe`.
     """
-    settings = {**over.model_dump(exclude_unset=True), **given}
+    own = over.model_dump(exclude_unset=True)
+    for name, value in given.items():
+        own.pop(current_name("model_kwargs", name, value)[0].rpartition(".")[2], None)
+    settings = {**own, **given}
     recipe, _ = make_recipe({"model": "", "data": {"train": ""}, "model_kwargs": settings}, where="model_kwargs")
     return recipe.model_kwargs
 

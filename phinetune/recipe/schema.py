@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+FROM_PYTHON = "rows from Python"  # how a recipe calls data that came as objects
 DATA_TYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 Share = Annotated[float, Field(ge=0, lt=1)]
 WarmupSteps = Annotated[float, Field(ge=0)]
