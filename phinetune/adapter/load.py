@@ -33,6 +33,7 @@ from phinetune.lora.targets import FusedParts, is_transposed, lora_class, whole_
 from phinetune.untrusted import bounded
 
 PATTERN_SECONDS, PATTERN_BYTES = 0.1, 1 << 28  # for the patterns of an adapter's configuration
+BYTES_A_SECOND = 10**8  # at least, of the tensors, which are looked at meanwhile
 
 
 def load_adapter(
@@ -54,7 +55,8 @@ def load_adapter(
     try:  # a configuration is data of strangers: anything may stand in it, a pattern that takes forever too
         faults += [fault for name in fitting for fault in _misfits(name, modules[name], layers[name], config)]
         faults += _misplaced(model, others, config)
-        with bounded(PATTERN_SECONDS, PATTERN_BYTES):
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        with bounded(PATTERN_SECONDS + size / BYTES_A_SECOND, PATTERN_BYTES):
             settings = {n: _settings(n, modules[n], layers[n], config, fused or {}) for n in layers if n in fitting}
     except (TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, re.error, TimeoutError) as error:
         what = f"{CONFIG_FILE} can't be used ({error})"
