@@ -14,6 +14,7 @@
 For other trainers, `model = phinetune.accelerate(model)`.  The LoRA layers alone: `import phinetune.lora as lora`.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -26,17 +27,14 @@ if TYPE_CHECKING:
     from phinetune.report import model_card
 
 
+_HOMES = {
+    "accelerate": "phinetune.model.accelerate",
+    "model_card": "phinetune.report",
+    **dict.fromkeys(("finetune", "load", "merge", "push"), "phinetune.api"),
+}
+
+
 def __getattr__(name: str) -> Any:  # heavy imports wait until they are needed
-    if name == "accelerate":
-        from phinetune.model.accelerate import accelerate
-
-        return accelerate
-    if name == "model_card":
-        from phinetune.report import model_card
-
-        return model_card
-    if name in __all__:
-        from phinetune import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module 'phinetune' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'phinetune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

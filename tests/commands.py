@@ -75,6 +75,11 @@ def command_line(*arguments: str) -> None:
     main()
 
 
+def run_code(file: str) -> None:
+    """A Python file, as a script."""
+    exec(compile(Path(file).read_text(encoding="utf-8"), file, "exec"), {"__name__": "__main__"})
+
+
 def _run(
     target: Callable[..., object], arguments: list[str], said: Path, cwd: Path, environment: dict[str, str]
 ) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import forked, phinetune
+from commands import forked, phinetune, run_code
 from conftest import ROOT, tiny_model
 
 from phinetune import finetune
@@ -78,10 +78,6 @@ def page_folder(tmp_path, chats, tiny_llama_folder, smollm2_tokenizer):
 def with_small_model(text: str) -> str:
     """The embedded model takes minutes; so does what `doctor` trains."""
     return re.sub(r"\bsmollm2\b", "./small", text).replace("phinetune doctor", "phinetune doctor --no-training")
-
-
-def run_code(file: str) -> None:
-    exec(compile(Path(file).read_text(encoding="utf-8"), file, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow

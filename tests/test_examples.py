@@ -12,9 +12,8 @@ import nbformat
 import peft
 import pytest
 import torch
-from commands import forked
+from commands import forked, run_code
 from conftest import ROOT, tiny_model
-from test_docs import run_code
 from transformers import AutoModelForCausalLM, Phi3Config
 
 SCRIPTS = sorted((ROOT / "examples" / "guide").glob("*.py"))

@@ -122,7 +122,7 @@ def main() -> None:
         rate = len(rates) / sum(1 / rate for rate in rates)  # of seconds, not of rates
         flop = 4 * probe.weights * job["rows"] * job["length"]
         result |= {"rates_gflops": [rate / 1e9 for rate in rates], "roofline": flop / seconds[-1] / rate}
-    result |= {"seconds": seconds, "int8_layers": len(quantised_layers(model).int8)}
+    result |= {"seconds": seconds, "int8_layers": len(quantised_layers(model).names)}
     job_io.answer(result | {"versions": job_io.versions("phinetune", "torch", "transformers")})
 
 

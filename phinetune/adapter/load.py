@@ -33,7 +33,6 @@ from phinetune.lora.targets import FusedParts, is_transposed, lora_class, whole_
 from phinetune.untrusted import bounded
 
 PATTERN_SECONDS, PATTERN_BYTES = 0.1, 1 << 28  # for the patterns of an adapter's configuration
-BYTES_A_SECOND = 10**8  # at least, of the tensors, which are looked at meanwhile
 
 
 def load_adapter(
@@ -55,9 +54,11 @@ def load_adapter(
     try:  # a configuration is data of strangers: anything may stand in it, a pattern that takes forever too
         faults += [fault for name in fitting for fault in _misfits(name, modules[name], layers[name], config)]
         faults += _misplaced(model, others, config)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        with bounded(PATTERN_SECONDS + size / BYTES_A_SECOND, PATTERN_BYTES):
-            settings = {n: _settings(n, modules[n], layers[n], config, fused or {}) for n in layers if n in fitting}
+        with bounded(PATTERN_SECONDS, PATTERN_BYTES):  # the patterns alone: Phi-3's tensors take longer to look at
+            scalings = {n: scaling_from(config, n, _rank(modules[n], layers[n])) for n in layers if n in fitting}
+        settings = {
+            n: _settings(n, modules[n], layers[n], scaling, config, fused or {}) for n, scaling in scalings.items()
+        }
     except (TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, re.error, TimeoutError) as error:
         what = f"{CONFIG_FILE} can't be used ({error})"
         raise AdapterError(str(folder), what, "save the adapter again") from None
@@ -90,13 +91,22 @@ def load_adapter(
     return config
 
 
+def _rank(module: nn.Module, own: Mapping[str, Tensor]) -> int:
+    """Of the whole layer: a convolution's groups have a share of it each."""
+    return own[MATRICES[isinstance(module, nn.Embedding)][0]].shape[0]
+
+
 def _settings(
-    name: str, module: nn.Module, own: Mapping[str, Tensor], config: Mapping[str, Any], fused: FusedParts
+    name: str,
+    module: nn.Module,
+    own: Mapping[str, Tensor],
+    scaling: float,
+    config: Mapping[str, Any],
+    fused: FusedParts,
 ) -> dict[str, Any]:
     """What the layer's adapter is made with: r, lora_alpha, …"""
-    suffix_A, suffix_B = MATRICES[isinstance(module, nn.Embedding)]
-    rank = own[suffix_A].shape[0]
-    scaling, r = scaling_from(config, name, rank), rank // getattr(module, "groups", 1)
+    suffix_B = MATRICES[isinstance(module, nn.Embedding)][1]
+    r = _rank(module, own) // getattr(module, "groups", 1)
     settings: dict[str, Any] = {
         "r": r,
         "lora_alpha": scaling * r,

@@ -11,7 +11,7 @@ from phinetune.recipe import (
     ModelKwargs,
     Recipe,
     apply_override,
-    make_recipe,
+    make_section,
 )
 
 
@@ -81,4 +81,5 @@ def evaluation_of(recipe: Recipe | None, metrics: Sequence[str] | None, settings
     for setting in settings:
         if not apply_override(given, setting)[1].startswith("evaluation."):
             raise RecipeError(f"override {setting!r}", "says nothing about answers", "tune again with it")
-    return make_recipe({"model": "", "data": {"train": ""}, **given}, where="evaluate")[0].evaluation
+    section: EvaluationConfig = make_section("evaluation", given["evaluation"], "evaluate")
+    return section

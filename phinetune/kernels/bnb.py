@@ -46,6 +46,7 @@ class FourBitWeight(DequantisedForProducts):
     """A frozen weight as bitsandbytes' packed `codes` and the tensors of its `QuantState`."""
 
     NAME = "a 4-bit weight"
+    KIND = "4 bits, by bitsandbytes"
     PARTS = ("codes", "absmax", "table", "absmax2", "table2", "offset")
     SETTINGS = ("blocksize", "blocksize2", "dtype2", "quant_type", "compute_dtype")
     codes: Tensor
@@ -136,6 +137,7 @@ class EightBitWeight(DequantisedForProducts):
     """A frozen weight as bitsandbytes' `codes` (N, K) in int8 and the largest number of each row, `absmax` (N,)."""
 
     NAME = "an 8-bit weight"
+    KIND = "8 bits, by bitsandbytes"
     PARTS = ("codes", "absmax")
     SETTINGS = ("compute_dtype",)
     codes: Tensor

@@ -46,6 +46,7 @@ class Int8Weight(QuantisedWeight):
     As the weight of an `nn.Linear` it makes its forward pass and its input gradient int8 products.
     """
 
+    KIND = "load_in_8bit on a CPU is phinetune's own int8"
     PARTS = ("codes", "scale")
     codes: Tensor
     scale: Tensor

@@ -21,6 +21,7 @@ class QuantisedWeight(Tensor):
     """The base of all kinds: of the floats it has shape, dtype and device; what it keeps are the tensors in `PARTS`
     (None for one that it does without) and the numbers and names in `SETTINGS`."""
 
+    KIND: ClassVar[str]  # what a run's log says of it
     PARTS: ClassVar[tuple[str, ...]]
     SETTINGS: ClassVar[tuple[str, ...]] = ()
 

@@ -40,6 +40,8 @@ class Quantised(NamedTuple):
     plain: list[str]
     nbytes: int
     """Of the quantised weights."""
+    kinds: list[str]
+    """How they are kept, in words."""
 
 
 def quantise_by_bitsandbytes(model: nn.Module, kwargs: ModelKwargs) -> None:
@@ -142,7 +144,8 @@ def quantised_layers(model: nn.Module) -> Quantised:
     layers = list(_linear_layers(model, of_any_kind=True))
     weights = {name: layer.weight for name, layer in layers if isinstance(layer.weight, QuantisedWeight)}
     plain = [name for name, layer in layers if name not in weights]
-    return Quantised(list(weights), plain, sum(weight.nbytes for weight in weights.values()))
+    kinds = sorted({weight.KIND for weight in weights.values()})
+    return Quantised(list(weights), plain, sum(weight.nbytes for weight in weights.values()), kinds)
 
 
 def dequantise_layers(model: nn.Module) -> None:

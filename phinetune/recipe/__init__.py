@@ -1,6 +1,6 @@
 """What a run is asked to do: typed settings, the names they may have, where they are read from."""
 
-from phinetune.recipe.load import apply_override, dump_recipe, load_recipe, make_model_kwargs, make_recipe
+from phinetune.recipe.load import apply_override, dump_recipe, load_recipe, make_model_kwargs, make_recipe, make_section
 from phinetune.recipe.schema import (
     ANSWER_METRICS,
     FROM_PYTHON,
@@ -28,4 +28,5 @@ __all__ = [
     "load_recipe",
     "make_model_kwargs",
     "make_recipe",
+    "make_section",
 ]

@@ -105,6 +105,12 @@ def make_recipe(
     return recipe, words
 
 
+def make_section(name: str, given: Mapping[str, Any], where: str) -> Any:
+    """One section of a recipe by itself, checked as the whole would be; what is said of its names is dropped."""
+    recipe, _ = make_recipe({"model": "", "data": {"train": ""}, name: given}, where=where)
+    return getattr(recipe, name)
+
+
 def make_model_kwargs(given: Mapping[str, Any], over: ModelKwargs) -> ModelKwargs:
     """`over` with other settings, under current or older names.
 
@@ -114,9 +120,8 @@ def make_model_kwargs(given: Mapping[str, Any], over: ModelKwargs) -> ModelKwarg
     own = over.model_dump(exclude_unset=True)
     for name, value in given.items():
         own.pop(current_name("model_kwargs", name, value)[0].rpartition(".")[2], None)
-    settings = {**own, **given}
-    recipe, _ = make_recipe({"model": "", "data": {"train": ""}, "model_kwargs": settings}, where="model_kwargs")
-    return recipe.model_kwargs
+    section: ModelKwargs = make_section("model_kwargs", {**own, **given}, "model_kwargs")
+    return section
 
 
 def dump_recipe(recipe: Recipe) -> str:

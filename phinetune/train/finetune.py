@@ -410,14 +410,10 @@ def _announce(loop: Loop, data: Prepared, threads: str) -> None:
     if model.device.type == "cpu":
         log.info(f"device: cpu, {threads}{', C++ kernels' if has_kernels(model.dtype) else ''}")
     if (quantised := quantised_layers(model)).names:
-        kwargs = loop.recipe.model_kwargs
-        how = f"{8 if kwargs.load_in_8bit else 4} bits, by bitsandbytes"
-        if kwargs.load_in_8bit and model.device.type == "cpu":
-            how = "load_in_8bit on a CPU is phinetune's own int8"
+        names, plain = quantised.names, quantised.plain
         log.info(
-            f"{how}: {len(quantised.names)} of {len(quantised.names) + len(quantised.plain)} linear layers, "
-            f"{quantised.nbytes / 1e9:.2f} GB"
-            + (f"; in {dtype} stay {', '.join(quantised.plain)}" if quantised.plain else "")
+            f"{' and '.join(quantised.kinds)}: {len(names)} of {len(names) + len(plain)} linear layers, "
+            f"{quantised.nbytes / 1e9:.2f} GB" + (f"; in {dtype} stay {', '.join(plain)}" if plain else "")
         )
     if loop.recipe.training_config.save_total_limit == 1:
         log.info("save_total_limit=1: the two newest checkpoints are kept, so that a damaged one has one behind it")

@@ -189,6 +189,7 @@ def test_a_model_that_comes_in_8_bits_is_taken_over(tmp_path, tiny_llama_folder,
     smollm2_tokenizer.save_pretrained(tmp_path)
     model = load_model(str(tmp_path), ModelKwargs(dtype="float32"))
     assert len(quantised_layers(model).names) == 14
+    assert quantised_layers(model).kinds == ["8 bits, by bitsandbytes"], "whatever the settings say"
     own = load_model(str(tiny_llama_folder), ModelKwargs(dtype="float32"))
     for name, parameter in own.named_parameters():
         taken = model.get_parameter(name)
