@@ -82,9 +82,8 @@ def find_compiler() -> list[str]:
 
 
 def _has_instructions() -> bool:
-    """AVX512-BF16, in which all kernels are written."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return supported is not None and bool(supported())
+    """AVX512-BF16, or AVX2, in which all kernels are written."""
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "avx2"))
 
 
 def _compile(name: str, compiler: list[str]) -> Path:

@@ -53,57 +53,57 @@ template <bool BACK, class Read, class Write>
 void rotate(const Line& line, int token, Read read, Write write) {
     const int half = line.turned;
     for (int d = 0; d < half; d += 16) {
-        const __mmask16 which = first(half - d);
-        const __m512 cos = _mm512_maskz_loadu_ps(which, line.cos + (long)token * half + d);
-        const __m512 sin = _mm512_maskz_loadu_ps(which, line.sin + (long)token * half + d);
-        const __m512 a = read(d, which), b = read(half + d, which);
-        const __m512 a_sin = _mm512_mul_ps(a, sin), b_sin = _mm512_mul_ps(b, sin);
-        write(d, which, BACK ? _mm512_fmadd_ps(a, cos, b_sin) : _mm512_fmsub_ps(a, cos, b_sin));
-        write(half + d, which, BACK ? _mm512_fmsub_ps(b, cos, a_sin) : _mm512_fmadd_ps(b, cos, a_sin));
+        const Mask which = first(half - d);
+        const Floats cos = load(line.cos + (long)token * half + d, which);
+        const Floats sin = load(line.sin + (long)token * half + d, which);
+        const Floats a = read(d, which), b = read(half + d, which);
+        const Floats a_sin = a * sin, b_sin = b * sin;
+        write(d, which, BACK ? fma(a, cos, b_sin) : fms(a, cos, b_sin));
+        write(half + d, which, BACK ? fms(b, cos, a_sin) : fma(b, cos, a_sin));
     }
     for (int d = 2 * half; d < line.width; d += 16) {
-        const __mmask16 which = first(line.width - d);
+        const Mask which = first(line.width - d);
         write(d, which, read(d, which));
     }
 }
 
-void read_rotated(const Line& line, int token, int head, bf16* to) {
+void read_rotated(const Line& line, int token, int head, element* to) {
     const bf16* from = line.head(token, head);
     rotate<false>(
-        line, token, [&](int d, __mmask16 which) { return load(from + d, which); },
-        [&](int d, __mmask16 which, __m512 x) { store(to + d, x, which); });
+        line, token, [&](int d, Mask which) { return load(from + d, which); },
+        [&](int d, Mask which, Floats x) { store(to + d, x, which); });
 }
 
 void write_unrotated(const Line& line, const float* x, int token, bf16* to) {
     rotate<true>(
-        line, token, [&](int d, __mmask16 which) { return _mm512_maskz_loadu_ps(which, x + d); },
-        [&](int d, __mmask16 which, __m512 y) { store(to + d, y, which); });
+        line, token, [&](int d, Mask which) { return load(x + d, which); },
+        [&](int d, Mask which, Floats y) { store(to + d, y, which); });
 }
 
-// Keys and values of a key-value head as the products want them; `across`: pairs along D, (D/2, packed keys);
-// `along`: pairs of keys, (packed keys / 2, D). Null where not wanted.
+// Keys and values of a key-value head as the products want them; `across`: terms along D, each segment's
+// (D / ELEMENTS, 16) by 16 keys; `along`: terms of keys, (packed keys / ELEMENTS, D). Null where not wanted.
 struct Packed {
-    pair *k_across, *k_along, *v_across, *v_along;
+    term *k_across, *k_along, *v_across, *v_along;
 };
 
 void pack_segment(const Line& line, const Segment& segment, int kv_head, const Packed& to) {
     const int width = line.width;
-    alignas(64) bf16 rows[16 * 256];
+    alignas(64) element rows[16 * 256];
     for (int value = 0; value < 2; value++) {
-        pair* across = value ? to.v_across : to.k_across;
-        pair* along = value ? to.v_along : to.k_along;
+        term* across = value ? to.v_across : to.k_across;
+        term* along = value ? to.v_along : to.k_along;
         const int head = line.heads + kv_head + (value ? line.kv_heads : 0);
         for (int start = segment.start; start < segment.end; start += 16) {
             const int count = std::min(16, segment.end - start), packed = segment.packed + start - segment.start;
             for (int i = 0; i < count; i++) {
                 if (value)
-                    std::memcpy(rows + i * width, line.head(start + i, head), sizeof(bf16) * width);
+                    copy_row(line.head(start + i, head), width, rows + i * width);
                 else
                     read_rotated(line, start + i, head, rows + i * width);
             }
-            std::memset(rows + count * width, 0, sizeof(bf16) * (16 - count) * width);
-            if (across) pair_across(rows, width, width, across + (long)packed / 2 * width);
-            if (along) pair_along(rows, width, 16, width, along + (long)packed / 2 * width);
+            std::memset(rows + count * width, 0, sizeof(element) * (16 - count) * width);
+            if (across) lay_across(rows, width, width, across + (long)packed / ELEMENTS * width);
+            if (along) lay_along(rows, width, 16, width, along + (long)packed / ELEMENTS * width);
         }
     }
 }
@@ -139,31 +139,31 @@ void for_key_blocks(const Line& line, const Segment& segment, int begin, int end
 
 // The keys [from, to) of a vector that begins at key j; all of them, known beforehand.
 template <bool ALL>
-inline __mmask16 visible(int j, int from, int to) {
-    return ALL ? (__mmask16)-1 : (__mmask16)(first(to - j) & ~first(from - j));
+inline Mask visible(int j, int from, int to) {
+    return ALL ? lanes(0, 16) : lanes(from - j, to - j);
 }
 
 // A query's weights of a block of keys, 2^(score · scale − top), rounded; its top and total go on from block to block.
 template <bool ALL>
-void softmax_row(float* scores, int keys, int from, int to, __m512 scale, float* top, float* total, bf16* weights) {
+void softmax_row(float* scores, int keys, int from, int to, Floats scale, float* top, float* total,
+                 element* weights) {
     if (from >= to) {
-        std::memset(weights, 0, sizeof(bf16) * keys);
+        std::memset(weights, 0, sizeof(element) * keys);
         return;
     }
-    __m512 most = _mm512_set1_ps(*top);
+    Floats most = spread(*top);
     for (int j = 0; j < keys; j += 16)
-        most =
-            _mm512_mask_max_ps(most, visible<ALL>(j, from, to), most, _mm512_mul_ps(_mm512_load_ps(scores + j), scale));
-    const float now = _mm512_reduce_max_ps(most);
-    const __m512 shift = _mm512_set1_ps(now);
-    __m512 sum = _mm512_setzero_ps();
+        most = where(visible<ALL>(j, from, to), max(most, load(scores + j) * scale), most);
+    const float now = max_of_lanes(most);
+    const Floats shift = spread(now);
+    Floats sum = zeros();
     for (int j = 0; j < keys; j += 16) {
-        const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(scores + j), scale, shift);
-        const __m512 e = _mm512_maskz_mov_ps(visible<ALL>(j, from, to), exp2(x));
-        sum = _mm512_add_ps(sum, e);
+        const Floats x = fms(load(scores + j), scale, shift);
+        const Floats e = where(visible<ALL>(j, from, to), exp2(x));
+        sum = sum + e;
         store(weights + j, e);
     }
-    *total = *total * (now > *top ? std::exp2(*top - now) : 1.0f) + _mm512_reduce_add_ps(sum);
+    *total = *total * (now > *top ? std::exp2(*top - now) : 1.0f) + sum_of_lanes(sum);
     *top = now;
 }
 
@@ -174,25 +174,24 @@ struct Query {
     int from, to;
 };
 template <bool ALL>
-void weigh_again(const Query& query, int j, __m512 scale, __m512 scaling, __m256i* weight, __m256i* dscore) {
-    const __mmask16 which = visible<ALL>(j, query.from, query.to);
-    const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(query.scores + j), scale, _mm512_set1_ps(query.log_sum));
-    const __m512 w = _mm512_maskz_mov_ps(which, exp2(x));
-    const __m512 dw = _mm512_sub_ps(_mm512_load_ps(query.dweights + j), _mm512_set1_ps(query.delta));
-    *weight = rounded(w);
-    *dscore = rounded(_mm512_maskz_mul_ps(which, _mm512_mul_ps(w, dw), scaling));
+void weigh_again(const Query& query, int j, Floats scale, Floats scaling, Floats* weight, Floats* dscore) {
+    const Mask which = visible<ALL>(j, query.from, query.to);
+    const Floats x = fms(load(query.scores + j), scale, spread(query.log_sum));
+    *weight = where(which, exp2(x));
+    const Floats dw = load(query.dweights + j) - spread(query.delta);
+    *dscore = where(which, *weight * dw * scaling);
 }
 template <bool ALL>
-void weigh_two(const Query both[2], int keys, __m512 scale, __m512 scaling, pair* weights, pair* dscores,
-               bf16* dscore_rows) {
+void weigh_two(const Query both[2], int keys, Floats scale, Floats scaling, term* weights, term* dscores,
+               element* dscore_rows) {
     for (int j = 0; j < keys; j += 16) {
-        __m256i weight[2], dscore[2];
+        Floats weight[2], dscore[2];
         for (int r = 0; r < 2; r++) {
             weigh_again<ALL>(both[r], j, scale, scaling, weight + r, dscore + r);
-            _mm256_storeu_si256((__m256i*)(dscore_rows + r * KEYS + j), dscore[r]);
+            store(dscore_rows + r * KEYS + j, dscore[r]);
         }
-        _mm512_store_si512(weights + j, paired(weight[0], weight[1]));
-        _mm512_store_si512(dscores + j, paired(dscore[0], dscore[1]));
+        lay_two(weight[0], weight[1], weights + j, KEYS);
+        lay_two(dscore[0], dscore[1], dscores + j, KEYS);
     }
 }
 
@@ -207,9 +206,9 @@ extern "C" {
 // out (T, H, D) in bfloat16; lse (H, T): log2 of the sum of 2^(score · scaling · log2 e).
 void attention_forward(const Line* line_, bf16* out, float* lse) {
     const Line& line = *line_;
-    const int width = line.width, vectors = width / 16;
-    const long of_head = (long)width / 2 * line.packed;
-    Scratch<pair> k_all(of_head * line.kv_heads), v_all(of_head * line.kv_heads);
+    const int width = line.width, vectors = width / 16, terms = width / ELEMENTS;
+    const long of_head = (long)width / ELEMENTS * line.packed;
+    Scratch<term> k_all(of_head * line.kv_heads), v_all(of_head * line.kv_heads);
     std::vector<Task> tasks;
     for (int s = 0; s < line.segment_count; s++)
         for (int i = 0; i < line.segments[s].end - line.segments[s].start; i += QUERIES)
@@ -218,7 +217,7 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
 #pragma omp parallel num_threads(line.threads)
     {
         Scratch<float> scores(QUERIES * KEYS), sums(QUERIES * width);
-        Scratch<bf16> weights(QUERIES * KEYS), q(QUERIES * width);
+        Scratch<element> weights(QUERIES * KEYS), q(QUERIES * width);
         float top[QUERIES], total[QUERIES];
 #pragma omp for collapse(2) schedule(dynamic)
         for (int head = 0; head < line.kv_heads; head++)
@@ -231,17 +230,17 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
                 const Task& task = tasks[task_count - 1 - t];
                 const Segment& segment = line.segments[task.segment];
                 const int count = task.end - task.begin, kv_head = head / (line.heads / line.kv_heads);
-                const pair *k = k_all.data + kv_head * of_head, *v = v_all.data + kv_head * of_head;
+                const term *k = k_all.data + kv_head * of_head, *v = v_all.data + kv_head * of_head;
                 for (int i = 0; i < count; i++) {
                     read_rotated(line, segment.start + task.begin + i, head, q.data + i * width);
                     top[i] = NOTHING;
                     total[i] = 0;
                 }
                 std::memset(sums.data, 0, sizeof(float) * count * width);
-                const __m512 scale = _mm512_set1_ps(line.scaling * LOG2_E);
+                const Floats scale = spread(line.scaling * LOG2_E);
                 for_key_blocks(line, segment, task.begin, task.end, [&](const Sight& sight, int key_index) {
-                    multiply<false>(count, sight.count / 16, width / 2, (const pair*)q.data, width / 2, 1,
-                                    k + (long)sight.packed / 2 * width, 16, width / 2 * 16, scores.data, KEYS);
+                    multiply<false>(count, sight.count / 16, terms, (const term*)q.data, terms, 1,
+                                    k + (long)sight.packed * terms, 16, (long)terms * 16, scores.data, KEYS);
                     for (int i = 0; i < count; i++) {
                         int from, to;
                         seen(sight, key_index, task.begin + i, segment.position + task.begin + i, line.window, &from,
@@ -251,21 +250,21 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
                         soften(scores.data + i * KEYS, sight.count, from, to, scale, top + i, total + i,
                                weights.data + i * KEYS);
                         if (top[i] == before) continue;
-                        const __m512 less = _mm512_set1_ps(std::exp2(before - top[i]));
+                        const Floats less = spread(std::exp2(before - top[i]));
                         for (int d = 0; d < width; d += 16) {
                             float* at = sums.data + i * width + d;
-                            _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), less));
+                            store(at, load(at) * less);
                         }
                     }
-                    multiply<true>(count, vectors, sight.count / 2, (const pair*)weights.data, KEYS / 2, 1,
-                                   v + (long)sight.packed / 2 * width, width, 16, sums.data, width);
+                    multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)weights.data, KEYS / ELEMENTS, 1,
+                                   v + (long)sight.packed * terms, width, 16, sums.data, width);
                 });
                 for (int i = 0; i < count; i++) {
                     const int token = segment.start + task.begin + i;
                     bf16* to = out + ((long)token * line.heads + head) * width;
-                    const __m512 factor = _mm512_set1_ps(1 / total[i]);
+                    const Floats factor = spread(1 / total[i]);
                     for (int d = 0; d < width; d += 16)
-                        store(to + d, _mm512_mul_ps(_mm512_load_ps(sums.data + i * width + d), factor));
+                        store(to + d, load(sums.data + i * width + d) * factor);
                     lse[(long)head * line.tokens + token] = top[i] + std::log2(total[i]);
                 }
             }
@@ -275,9 +274,10 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
 // dqkv (T, H + 2K, D) of dout (T, H, D), with out and lse of the forward pass.
 void attention_backward(const Line* line_, const bf16* out, const float* lse, const bf16* dout, bf16* dqkv) {
     const Line& line = *line_;
-    const int width = line.width, vectors = width / 16, group = line.heads / line.kv_heads;
-    const long of_head = (long)width / 2 * line.packed, of_gradients = (long)width * line.packed;
-    Scratch<pair> k_across(of_head * line.kv_heads), k_along(of_head * line.kv_heads),
+    const int width = line.width, vectors = width / 16, terms = width / ELEMENTS;
+    const int group = line.heads / line.kv_heads;
+    const long of_head = (long)width / ELEMENTS * line.packed, of_gradients = (long)width * line.packed;
+    Scratch<term> k_across(of_head * line.kv_heads), k_along(of_head * line.kv_heads),
         v_across(of_head * line.kv_heads);
     // Where threads would get unequal numbers of heads, each head is two parts, of every other block of queries.
     const int tasks = line.heads * line.trees;
@@ -289,9 +289,9 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
 #pragma omp parallel num_threads(line.threads)
     {
         Scratch<float> scores(QUERIES * KEYS), dscores(QUERIES * KEYS), dq(QUERIES * width);
-        Scratch<pair> weights_pairs(QUERIES / 2 * KEYS), dscores_pairs(QUERIES / 2 * KEYS);
-        Scratch<pair> q_pairs(QUERIES / 2 * width), dout_pairs(QUERIES / 2 * width);
-        Scratch<bf16> q(QUERIES * width), dy(QUERIES * width), dscores_rows(QUERIES * KEYS);
+        Scratch<term> weights_along(QUERIES / ELEMENTS * KEYS), dscores_along(QUERIES / ELEMENTS * KEYS);
+        Scratch<term> q_along(QUERIES / ELEMENTS * width), dout_along(QUERIES / ELEMENTS * width);
+        Scratch<element> q(QUERIES * width), dy(QUERIES * width), dscores_rows(QUERIES * KEYS);
         float delta[QUERIES], log_sum[QUERIES];
 #pragma omp for collapse(2) schedule(dynamic)
         for (int head = 0; head < line.kv_heads; head++)
@@ -324,29 +324,29 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                             const int token = segment.start + begin + i;
                             read_rotated(line, token, head, q.data + i * width);
                             const long at = ((long)token * line.heads + head) * width;
-                            __m512 along = _mm512_setzero_ps();
+                            Floats along = zeros();
                             for (int d = 0; d < width; d += 16)
-                                along = _mm512_fmadd_ps(load(dout + at + d), load(out + at + d), along);
-                            std::memcpy(dy.data + i * width, dout + at, sizeof(bf16) * width);
-                            delta[i] = _mm512_reduce_add_ps(along);
+                                along = fma(load(dout + at + d), load(out + at + d), along);
+                            copy_row(dout + at, width, dy.data + i * width);
+                            delta[i] = sum_of_lanes(along);
                             log_sum[i] = lse[(long)head * line.tokens + token];
                         }
                         if (even > count) {
-                            std::memset(q.data + count * width, 0, sizeof(bf16) * width);
-                            std::memset(dy.data + count * width, 0, sizeof(bf16) * width);
+                            std::memset(q.data + count * width, 0, sizeof(element) * width);
+                            std::memset(dy.data + count * width, 0, sizeof(element) * width);
                         }
-                        pair_along(q.data, width, even, width, q_pairs.data);
-                        pair_along(dy.data, width, even, width, dout_pairs.data);
+                        lay_along(q.data, width, even, width, q_along.data);
+                        lay_along(dy.data, width, even, width, dout_along.data);
                         std::memset(dq.data, 0, sizeof(float) * count * width);
-                        const __m512 scale = _mm512_set1_ps(line.scaling * LOG2_E),
-                                     scaling = _mm512_set1_ps(line.scaling);
+                        const Floats scale = spread(line.scaling * LOG2_E),
+                                     scaling = spread(line.scaling);
                         for_key_blocks(line, segment, begin, end, [&](const Sight& sight, int key_index) {
                             const int blocks = sight.count / 16;
-                            multiply<false>(count, blocks, width / 2, (const pair*)q.data, width / 2, 1,
-                                            k_across.data + of_kv + (long)sight.packed / 2 * width, 16, width / 2 * 16,
+                            multiply<false>(count, blocks, terms, (const term*)q.data, terms, 1,
+                                            k_across.data + of_kv + (long)sight.packed * terms, 16, (long)terms * 16,
                                             scores.data, KEYS);
-                            multiply<false>(count, blocks, width / 2, (const pair*)dy.data, width / 2, 1,
-                                            v_across.data + of_kv + (long)sight.packed / 2 * width, 16, width / 2 * 16,
+                            multiply<false>(count, blocks, terms, (const term*)dy.data, terms, 1,
+                                            v_across.data + of_kv + (long)sight.packed * terms, 16, (long)terms * 16,
                                             dscores.data, KEYS);
                             for (int i = 0; i < even; i += 2) {
                                 Query both[2];
@@ -365,17 +365,17 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                                     all = all && both[r].from == 0 && both[r].to >= sight.count;
                                 }
                                 (all ? weigh_two<true> : weigh_two<false>)(both, sight.count, scale, scaling,
-                                                                           weights_pairs.data + i / 2 * KEYS,
-                                                                           dscores_pairs.data + i / 2 * KEYS,
+                                                                           weights_along.data + i / ELEMENTS * KEYS,
+                                                                           dscores_along.data + i / ELEMENTS * KEYS,
                                                                            dscores_rows.data + i * KEYS);
                             }
-                            multiply<true>(count, vectors, sight.count / 2, (const pair*)dscores_rows.data, KEYS / 2, 1,
-                                           k_along.data + of_kv + (long)sight.packed / 2 * width, width, 16, dq.data,
+                            multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)dscores_rows.data,
+                                           KEYS / ELEMENTS, 1, k_along.data + of_kv + (long)sight.packed * terms, width, 16, dq.data,
                                            width);
                             const long keys_at = (long)sight.packed * width;
-                            multiply<true>(sight.count, vectors, even / 2, dscores_pairs.data, 1, KEYS, q_pairs.data,
+                            multiply<true>(sight.count, vectors, even / ELEMENTS, dscores_along.data, 1, KEYS, q_along.data,
                                            width, 16, dk + keys_at, width);
-                            multiply<true>(sight.count, vectors, even / 2, weights_pairs.data, 1, KEYS, dout_pairs.data,
+                            multiply<true>(sight.count, vectors, even / ELEMENTS, weights_along.data, 1, KEYS, dout_along.data,
                                            width, 16, dv + keys_at, width);
                         });
                         for (int i = 0; i < count; i++) {
@@ -396,15 +396,15 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                         const float* from = (value ? dv_all : dk_all).data + kv_head * group * parts * of_gradients +
                                             (long)(segment.packed + token - segment.start) * width;
                         for (int d = 0; d < width; d += 16) {
-                            __m512 total = _mm512_loadu_ps(from + d);
+                            Floats total = load(from + d);
                             for (int g = 1; g < group * parts; g++)
-                                total = _mm512_add_ps(total, _mm512_loadu_ps(from + g * of_gradients + d));
-                            _mm512_store_ps(sum + d, total);
+                                total = total + load(from + g * of_gradients + d);
+                            store(sum + d, total);
                         }
                         const int head = line.heads + kv_head + (value ? line.kv_heads : 0);
                         bf16* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
                         if (value)
-                            for (int d = 0; d < width; d += 16) store(to + d, _mm512_load_ps(sum + d));
+                            for (int d = 0; d < width; d += 16) store(to + d, load(sum + d));
                         else
                             write_unrotated(line, sum, token, to);
                     }

@@ -18,24 +18,24 @@
 
 namespace {
 
-inline __m512 sigmoid(__m512 x) {  // in min, the second operand is the one that passes NaN on
-    const __m512 e = exp2(_mm512_min_ps(_mm512_set1_ps(126), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E))));
-    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), e));
+inline Floats sigmoid(Floats x) {  // in min, the second operand is the one that passes NaN on
+    const Floats e = exp2(min(spread(126), x * spread(-LOG2_E)));
+    return spread(1) / (spread(1) + e);
 }
 
 // Normed rows into `to`, their 1/√(mean square) into `rstd`; with rstd known where `again`.
-void norm(const bf16* x, const bf16* weight, float eps, int width, int rows, float* rstd, bool again, bf16* to,
-          long to_row) {
+void norm(const bf16* x, const bf16* weight, float eps, int width, int rows, float* rstd, bool again,
+          element* to, long to_row) {
     for (int i = 0; i < rows; i++) {
         const bf16* row = x + (long)i * width;
         if (!again) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int d = 0; d < width; d += 16) sum = _mm512_fmadd_ps(load(row + d), load(row + d), sum);
-            rstd[i] = 1 / std::sqrt(_mm512_reduce_add_ps(sum) / width + eps);
+            Floats sum = zeros();
+            for (int d = 0; d < width; d += 16) sum = fma(load(row + d), load(row + d), sum);
+            rstd[i] = 1 / std::sqrt(sum_of_lanes(sum) / width + eps);
         }
         for (int d = 0; d < width; d += 16) {
-            const __m512 normed = through_bf16(_mm512_mul_ps(load(row + d), _mm512_set1_ps(rstd[i])));
-            store(to + i * to_row + d, _mm512_mul_ps(load(weight + d), normed));
+            const Floats normed = through_bf16(load(row + d) * spread(rstd[i]));
+            store(to + i * to_row + d, load(weight + d) * normed);
         }
     }
 }
@@ -45,18 +45,18 @@ void norm_backward(const float* dy, const bf16* x, const bf16* weight, const flo
                    int width, int rows, bf16* dx) {
     for (int i = 0; i < rows; i++) {
         const long at = (long)i * width;
-        const __m512 scale = _mm512_set1_ps(rstd[i]);
-        __m512 sum = _mm512_setzero_ps();
+        const Floats scale = spread(rstd[i]);
+        Floats sum = zeros();
         for (int d = 0; d < width; d += 16) {
-            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(dy + at + d), load(weight + d));
-            sum = _mm512_fmadd_ps(scaled, _mm512_mul_ps(load(x + at + d), scale), sum);
+            const Floats scaled = load(dy + at + d) * load(weight + d);
+            sum = fma(scaled, load(x + at + d) * scale, sum);
         }
-        const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+        const Floats along = spread(sum_of_lanes(sum) / width);
         for (int d = 0; d < width; d += 16) {
-            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(dy + at + d), load(weight + d));
-            const __m512 normed = _mm512_mul_ps(load(x + at + d), scale);
-            __m512 y = _mm512_mul_ps(scale, _mm512_fnmadd_ps(normed, along, scaled));
-            if (residual) y = _mm512_add_ps(y, load(residual + at + d));
+            const Floats scaled = load(dy + at + d) * load(weight + d);
+            const Floats normed = load(x + at + d) * scale;
+            Floats y = scale * fnma(normed, along, scaled);
+            if (residual) y = y + load(residual + at + d);
             store(dx + at + d, y);
         }
     }
@@ -75,7 +75,7 @@ void linears_forward(const Projection* p_, int tokens, int threads, const bf16* 
 #pragma omp parallel num_threads(threads)
     {
         const long row = p.inputs + p.padded();
-        Scratch<bf16> in((blocks.size + 1) * row), copy((size_t)(p.keep ? blocks.size : 0) * p.inputs);
+        Scratch<element> in((blocks.size + 1) * row), copy((size_t)(p.keep ? blocks.size : 0) * p.inputs);
         Scratch<float> sums((size_t)blocks.size * COLUMNS);
         laid.lay_out(p);
 #pragma omp for schedule(static)
@@ -91,8 +91,8 @@ void linears_forward(const Projection* p_, int tokens, int threads, const bf16* 
                 for (int i = 0; i < rows; i++)
                     for (int v = 0; v < vectors; v++) {
                         const long at = (long)(token + i) * p.outputs + n + 16 * v;
-                        __m512 sum = with_bias(p, sums.data + i * COLUMNS + 16 * v, n + 16 * v);
-                        if (residual) sum = _mm512_add_ps(sum, load(residual + at));
+                        Floats sum = with_bias(p, sums.data + i * COLUMNS + 16 * v, n + 16 * v);
+                        if (residual) sum = sum + load(residual + at);
                         store(y + at, sum);
                     }
             });
@@ -111,12 +111,12 @@ void linears_backward(const Projection* p_, int tokens, int threads, const bf16*
     {
         const int padded = p.padded();
         const long row = p.outputs + padded;
-        Scratch<bf16> out((blocks.size + 1) * row), in((size_t)(blocks.size + 1) * p.inputs),
+        Scratch<element> out((blocks.size + 1) * row), in((size_t)(blocks.size + 1) * p.inputs),
             thin_rows((size_t)(blocks.size + 1) * padded);
-        Scratch<bf16> copy((size_t)(p.keep ? blocks.size + 1 : 0) * p.inputs);
+        Scratch<element> copy((size_t)(p.keep ? blocks.size + 1 : 0) * p.inputs);
         Scratch<float> sums((size_t)blocks.size * COLUMNS), dx_sums((size_t)blocks.size * p.inputs);
-        Scratch<pair> thin_pairs((size_t)(blocks.size + 1) / 2 * padded),
-            working((size_t)(blocks.size + 1) / 2 * COLUMNS);
+        Scratch<term> thin_terms((size_t)(blocks.size + 1) / ELEMENTS * padded),
+            working((size_t)(blocks.size + 1) / ELEMENTS * COLUMNS);
         FactorSums own(p);
         all[omp_get_thread_num()] = &own;
         laid.lay_out(p, dx);
@@ -129,9 +129,9 @@ void linears_backward(const Projection* p_, int tokens, int threads, const bf16*
                 copy_rows(from, rows, p.inputs, in.data, p.inputs);
                 if (norm_weight) norm(from, norm_weight, 0, p.inputs, rows, rstd + token, true, in.data, p.inputs);
                 long x_row;
-                const bf16* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
-                if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(bf16) * p.inputs);
-                own.add(p, laid, token, rows, out.data, row, read, x_row, thin, sums.data, thin_pairs.data,
+                const element* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
+                if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
+                own.add(p, laid, token, rows, out.data, row, read, x_row, thin, sums.data, thin_terms.data,
                         working.data, thin_rows.data);
             }
             if (!dx) continue;
@@ -140,7 +140,7 @@ void linears_backward(const Projection* p_, int tokens, int threads, const bf16*
             if (norm_weight)
                 norm_backward(dx_sums.data, from, norm_weight, rstd + token, nullptr, p.inputs, rows, to);
             else
-                for (long k = 0; k < (long)rows * p.inputs; k += 16) store(to + k, _mm512_load_ps(dx_sums.data + k));
+                for (long k = 0; k < (long)rows * p.inputs; k += 16) store(to + k, load(dx_sums.data + k));
         }
         finish(p, all, dA, dB);
     }
@@ -157,8 +157,8 @@ void mlp_forward(const Projection* gate_up_, const Projection* down_, int tokens
     {
         const int width = q.inputs;
         const long row = p.inputs + p.padded(), act_row = width + q.padded();
-        Scratch<bf16> in((blocks.size + 1) * row), act((blocks.size + 1) * act_row);
-        Scratch<bf16> copy((size_t)blocks.size * std::max(p.keep ? p.inputs : 0, q.keep ? width : 0));
+        Scratch<element> in((blocks.size + 1) * row), act((blocks.size + 1) * act_row);
+        Scratch<element> copy((size_t)blocks.size * std::max(p.keep ? p.inputs : 0, q.keep ? width : 0));
         Scratch<float> gates((size_t)blocks.size * COLUMNS), ups((size_t)blocks.size * COLUMNS);
         laid.lay_out(p);
         laid_down.lay_out(q);
@@ -178,9 +178,9 @@ void mlp_forward(const Projection* gate_up_, const Projection* down_, int tokens
                         bf16* to = gate_up_kept + (long)(token + i) * 2 * width + n;
                         store(to, with_bias(p, gates.data + at, n));
                         store(to + width, with_bias(p, ups.data + at, width + n));
-                        const __m512 gate = load(to), up = load(to + width);
-                        const __m512 silu = _mm512_mul_ps(gate, sigmoid(gate));
-                        store(act.data + i * act_row + n, _mm512_mul_ps(through_bf16(silu), up));
+                        const Floats gate = load(to), up = load(to + width);
+                        const Floats silu = gate * sigmoid(gate);
+                        store(act.data + i * act_row + n, through_bf16(silu) * up);
                     }
             }
             if (q.ranks) make_thin(q, laid_down, token, rows, act.data, act_row, copy.data, thin_down, gates.data);
@@ -189,8 +189,8 @@ void mlp_forward(const Projection* gate_up_, const Projection* down_, int tokens
                             for (int i = 0; i < rows; i++)
                                 for (int v = 0; v < vectors; v++) {
                                     const long at = (long)(token + i) * q.outputs + n + 16 * v;
-                                    const __m512 sum = with_bias(q, gates.data + i * COLUMNS + 16 * v, n + 16 * v);
-                                    store(y + at, _mm512_add_ps(sum, load(x + at)));
+                                    const Floats sum = with_bias(q, gates.data + i * COLUMNS + 16 * v, n + 16 * v);
+                                    store(y + at, sum + load(x + at));
                                 }
                         });
         }
@@ -208,12 +208,13 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
     {
         const int width = q.inputs, most = blocks.size + 1, padded = std::max(p.padded(), q.padded());
         const long row = p.outputs + p.padded(), down_row = q.outputs + q.padded();
-        Scratch<bf16> out(most * down_row), both(most * row), act((size_t)most * width), in((size_t)most * p.inputs);
-        Scratch<bf16> thin_rows((size_t)most * padded),
+        Scratch<element> out(most * down_row), both(most * row), act((size_t)most * width), in((size_t)most * p.inputs);
+        Scratch<element> thin_rows((size_t)most * padded),
             copy((size_t)most * std::max(p.keep ? p.inputs : 0, q.keep ? width : 0));
         Scratch<float> sums((size_t)blocks.size * COLUMNS), dact((size_t)blocks.size * width),
             dx_sums((size_t)blocks.size * p.inputs);
-        Scratch<pair> thin_pairs((size_t)most / 2 * padded + padded), working((size_t)(most + 1) / 2 * COLUMNS);
+        Scratch<term> thin_terms((size_t)most / ELEMENTS * padded + padded),
+            working((size_t)(most + 1) / ELEMENTS * COLUMNS);
         FactorSums own(p), own_down(q);
         all[omp_get_thread_num()] = &own;
         all_down[omp_get_thread_num()] = &own_down;
@@ -227,38 +228,38 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
             for (int i = 0; i < rows; i++)  // what `down` read
                 for (int n = 0; n < width; n += 16) {
                     const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
-                    const __m512 gate = load(at);
-                    const __m512 silu = _mm512_mul_ps(gate, sigmoid(gate));
-                    store(act.data + (long)i * width + n, _mm512_mul_ps(through_bf16(silu), load(at + width)));
+                    const Floats gate = load(at);
+                    const Floats silu = gate * sigmoid(gate);
+                    store(act.data + (long)i * width + n, through_bf16(silu) * load(at + width));
                 }
-            std::memset(act.data + (long)rows * width, 0, sizeof(bf16) * width);
+            std::memset(act.data + (long)rows * width, 0, sizeof(element) * width);
             if (q.ranks) {
                 long x_row;
-                const bf16* read = dropped(q, token, rows, act.data, width, copy.data, &x_row);
-                if (q.keep) std::memset(copy.data + (long)rows * width, 0, sizeof(bf16) * width);
+                const element* read = dropped(q, token, rows, act.data, width, copy.data, &x_row);
+                if (q.keep) std::memset(copy.data + (long)rows * width, 0, sizeof(element) * width);
                 own_down.add(q, laid_down, token, rows, out.data, down_row, read, x_row, thin_down, sums.data,
-                             thin_pairs.data, working.data, thin_rows.data);
+                             thin_terms.data, working.data, thin_rows.data);
             }
             input_gradient(q, laid_down, token, rows, out.data, down_row, dact.data);
             for (int i = 0; i < rows; i++)
                 for (int n = 0; n < width; n += 16) {
                     const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
-                    const __m512 gate = load(at), up = load(at + width),
-                                 d = _mm512_load_ps(dact.data + (long)i * width + n);
-                    const __m512 share = sigmoid(gate), silu = _mm512_mul_ps(gate, share);
-                    const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1), share), share);
-                    bf16* to = both.data + i * row + n;
-                    store(to, _mm512_mul_ps(_mm512_mul_ps(d, up), slope));
-                    store(to + width, _mm512_mul_ps(d, silu));
+                    const Floats gate = load(at), up = load(at + width),
+                                 d = load(dact.data + (long)i * width + n);
+                    const Floats share = sigmoid(gate), silu = gate * share;
+                    const Floats slope = fma(silu, spread(1) - share, share);
+                    element* to = both.data + i * row + n;
+                    store(to, d * up * slope);
+                    store(to + width, d * silu);
                 }
-            std::memset(both.data + rows * row, 0, sizeof(bf16) * p.outputs);
+            std::memset(both.data + rows * row, 0, sizeof(element) * p.outputs);
             if (p.ranks) {
                 norm(from, norm_weight, 0, p.inputs, rows, rstd + token, true, in.data, p.inputs);
-                std::memset(in.data + (long)rows * p.inputs, 0, sizeof(bf16) * p.inputs);
+                std::memset(in.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
                 long x_row;
-                const bf16* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
-                if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(bf16) * p.inputs);
-                own.add(p, laid, token, rows, both.data, row, read, x_row, thin, sums.data, thin_pairs.data,
+                const element* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
+                if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
+                own.add(p, laid, token, rows, both.data, row, read, x_row, thin, sums.data, thin_terms.data,
                         working.data, thin_rows.data);
             }
             if (!dx) continue;

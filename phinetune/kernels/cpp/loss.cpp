@@ -34,15 +34,17 @@ extern "C" {
 // hidden (C, D), weight (V, D) -> logits (P, C, WORDS), rounded; of the rounded logits lse (C,) and log p(target) (C,).
 void head_forward(int tokens, int width, int vocabulary, int threads, const bf16* hidden, const bf16* weight,
                   const int64_t* targets, bf16* logits, float* lse, float* log_p) {
+    const AsElements<bf16> read(hidden, (size_t)tokens * width);
+    const int terms = width / ELEMENTS;
     std::vector<float> tops((size_t)threads * tokens, -INFINITY), totals((size_t)threads * tokens, 0);
 #pragma omp parallel num_threads(threads)
     {
-        Scratch<pair> panel((size_t)width / 2 * WORDS);
+        Scratch<term> panel((size_t)terms * WORDS);
         Scratch<float> sums((size_t)ROWS * WORDS);
         Scratch<bf16> last((size_t)16 * width);
         float *top = tops.data() + (size_t)omp_get_thread_num() * tokens,
               *total = totals.data() + (size_t)omp_get_thread_num() * tokens;
-        const __m512 scale = _mm512_set1_ps(LOG2_E);
+        const Floats scale = spread(LOG2_E);
         int from, to;
         share(vocabulary, WORDS, &from, &to);
         for (int v = from; v < to; v += WORDS) {
@@ -55,27 +57,26 @@ void head_forward(int tokens, int width, int vocabulary, int threads, const bf16
                     std::memset(last.data + count * width, 0, sizeof(bf16) * (16 - count) * width);
                     rows = last.data;
                 }
-                pair_across(rows, width, width, panel.data + (long)g * width / 2 * 16);
+                lay_across(rows, width, width, panel.data + (long)g * terms * 16);
             }
             for (int i = 0; i < tokens; i++) {
                 if (i % ROWS == 0)
-                    multiply<false>(std::min(ROWS, tokens - i), vectors, width / 2,
-                                    (const pair*)(hidden + (long)i * width), width / 2, 1, panel.data, 16,
-                                    (long)width / 2 * 16, sums.data, WORDS);
+                    multiply<false>(std::min(ROWS, tokens - i), vectors, terms,
+                                    (const term*)(read.data + (long)i * width), terms, 1, panel.data, 16,
+                                    (long)terms * 16, sums.data, WORDS);
                 bf16* to_row = logits + ((long)v * tokens + (long)i * WORDS);
-                __m512 x[WORDS / 16], most = _mm512_set1_ps(top[i]);
+                Floats x[WORDS / 16], most = spread(top[i]);
                 for (int g = 0; g < vectors; g++) {
-                    const __mmask16 which = first(words - 16 * g);
-                    store(to_row + 16 * g, _mm512_load_ps(sums.data + i % ROWS * WORDS + 16 * g));
-                    x[g] = _mm512_mul_ps(load(to_row + 16 * g, which), scale);
-                    most = _mm512_mask_max_ps(most, which, most, x[g]);
+                    const Mask which = first(words - 16 * g);
+                    store(to_row + 16 * g, load(sums.data + i % ROWS * WORDS + 16 * g));
+                    x[g] = load(to_row + 16 * g) * scale;
+                    most = where(which, max(most, x[g]), most);
                 }
-                const float now = _mm512_reduce_max_ps(most);
-                __m512 sum = _mm512_setzero_ps();
+                const float now = max_of_lanes(most);
+                Floats sum = zeros();
                 for (int g = 0; g < vectors; g++)
-                    sum = _mm512_mask_add_ps(sum, first(words - 16 * g), sum,
-                                             exp2(_mm512_sub_ps(x[g], _mm512_set1_ps(now))));
-                total[i] = (now > top[i] ? total[i] * std::exp2(top[i] - now) : total[i]) + _mm512_reduce_add_ps(sum);
+                    sum = where(first(words - 16 * g), sum + exp2(x[g] - spread(now)), sum);
+                total[i] = (now > top[i] ? total[i] * std::exp2(top[i] - now) : total[i]) + sum_of_lanes(sum);
                 top[i] = now;
             }
         }
@@ -87,7 +88,7 @@ void head_forward(int tokens, int width, int vocabulary, int threads, const bf16
             sum += totals[(size_t)t * tokens + i] * std::exp2(tops[(size_t)t * tokens + i] - most);
         lse[i] = (most + std::log2(sum)) * LN_2;
         const bf16 at = logits[targets[i] / WORDS * WORDS * tokens + (long)i * WORDS + targets[i] % WORDS];
-        log_p[i] = _mm512_cvtss_f32(load(&at, 1)) - lse[i];
+        log_p[i] = to_float(at) - lse[i];
     }
 }
 
@@ -98,12 +99,13 @@ void head_backward(int tokens, int width, int vocabulary, int threads, const bf1
     std::vector<float*> all(threads);
 #pragma omp parallel num_threads(threads)
     {
-        Scratch<pair> panel((size_t)WORDS_BACK / 2 * width);
-        Scratch<bf16> dlogits((size_t)ROWS * WORDS_BACK), last((size_t)WORDS_BACK * width);
+        Scratch<term> panel((size_t)WORDS_BACK / ELEMENTS * width);
+        Scratch<element> dlogits((size_t)ROWS * WORDS_BACK);
+        Scratch<bf16> last((size_t)WORDS_BACK * width);
         Scratch<float> sums((size_t)tokens * width);
         all[omp_get_thread_num()] = sums.data;
         std::memset(sums.data, 0, sizeof(float) * tokens * width);
-        const __m512 scale = _mm512_set1_ps(LOG2_E);
+        const Floats scale = spread(LOG2_E);
         int from, to;
         share(vocabulary, WORDS_BACK, &from, &to);
         for (int v = from; v < to; v += WORDS_BACK) {
@@ -114,20 +116,20 @@ void head_backward(int tokens, int width, int vocabulary, int threads, const bf1
                 std::memset(last.data + words * width, 0, sizeof(bf16) * width);
                 rows = last.data;
             }
-            pair_along(rows, width, even, width, panel.data);
+            lay_along(rows, width, even, width, panel.data);
             for (int i = 0; i < tokens; i++) {
-                bf16* to_row = dlogits.data + i % ROWS * WORDS_BACK;
-                const __m512 shift = _mm512_set1_ps(lse[i] * LOG2_E), by = _mm512_set1_ps(times[i]);
+                element* to_row = dlogits.data + i % ROWS * WORDS_BACK;
+                const Floats shift = spread(lse[i] * LOG2_E), by = spread(times[i]);
                 for (int n = 0; n < words; n += 16) {
-                    const __mmask16 which = first(words - n);
+                    const Mask which = first(words - n);
                     const bf16* row = logits + ((long)(v + n / WORDS * WORDS) * tokens + (long)i * WORDS + n % WORDS);
-                    const __m512 p = exp2(_mm512_fmsub_ps(load(row, which), scale, shift));
-                    store(to_row + n, _mm512_maskz_mul_ps(which, p, by));
+                    const Floats p = exp2(fms(load(row), scale, shift));
+                    store(to_row + n, where(which, p * by));
                 }
                 if (targets[i] >= v && targets[i] < v + words)
-                    store(to_row + targets[i] - v, _mm512_set1_ps(at_target[i]), 1);
+                    put(to_row + targets[i] - v, at_target[i]);
                 if (i % ROWS == ROWS - 1 || i == tokens - 1)
-                    multiply<true>(i % ROWS + 1, width / 16, even / 2, (const pair*)dlogits.data, WORDS_BACK / 2, 1,
+                    multiply<true>(i % ROWS + 1, width / 16, even / ELEMENTS, (const term*)dlogits.data, WORDS_BACK / ELEMENTS, 1,
                                    panel.data, width, 16, sums.data + (long)(i - i % ROWS) * width, width);
             }
         }
@@ -135,9 +137,9 @@ void head_backward(int tokens, int width, int vocabulary, int threads, const bf1
 #pragma omp for schedule(static)
         for (int i = 0; i < tokens; i++)
             for (int d = 0; d < width; d += 16) {
-                __m512 sum = _mm512_setzero_ps();
+                Floats sum = zeros();
                 for (float* one : all)
-                    if (one) sum = _mm512_add_ps(sum, _mm512_load_ps(one + (long)i * width + d));
+                    if (one) sum = sum + load(one + (long)i * width + d);
                 store(dhidden + (long)i * width + d, sum);
             }
     }

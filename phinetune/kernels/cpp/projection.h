@@ -43,7 +43,7 @@ struct Projection {
     }
 };
 
-struct Range {  // of pairs
+struct Range {  // of terms
     int from = 0, to = 0;
     void include(int low, int high) {
         if (from == to)
@@ -56,14 +56,14 @@ struct Range {  // of pairs
     }
 };
 
-// Columns in groups of 16, each (pairs, 16); `ranges`: the pairs behind the main ones that aren't all zeros.
+// Columns in groups of 16, each (terms, 16); `ranges`: the terms behind the main ones that aren't all zeros.
 struct Groups {
-    int pairs, main;
-    Scratch<pair> data;
+    int terms, main;
+    Scratch<term> data;
     std::vector<Range> ranges;
-    Groups(int groups, int pairs, int main)
-        : pairs(pairs), main(main), data((size_t)groups * pairs * 16), ranges(groups) {}
-    pair* group(int n) const { return data.data + (long)n * pairs * 16; }
+    Groups(int groups, int terms, int main)
+        : terms(terms), main(main), data((size_t)groups * terms * 16), ranges(groups) {}
+    term* group(int n) const { return data.data + (long)n * terms * 16; }
 };
 
 // How the rows are cut: each thread as many blocks as another, in whole tiles of rows.
@@ -79,101 +79,89 @@ struct Blocks {
 // ---- laying out: to be called by all threads of a parallel region --------------------------------------------------
 
 struct Forward {
-    Groups weights;  // (K + R)/2 pairs of each column of y
-    Groups lora_A;   // K/2 pairs of each column of thin
+    Groups weights;  // K + R elements of each column of y
+    Groups lora_A;   // K elements of each column of thin
     explicit Forward(const Projection& p)
-        : weights(p.outputs / 16, (p.inputs + p.padded()) / 2, p.inputs / 2),
-          lora_A(p.padded() / 16, p.inputs / 2, p.inputs / 2) {}
+        : weights(p.outputs / 16, (p.inputs + p.padded()) / ELEMENTS, p.inputs / ELEMENTS),
+          lora_A(p.padded() / 16, p.inputs / ELEMENTS, p.inputs / ELEMENTS) {}
 
     void lay_out(const Projection& p) {
         const int padded = p.padded();
 #pragma omp for schedule(static) nowait
         for (int g = 0; g < p.outputs / 16; g++) {
-            pair* to = weights.group(g);
-            pair_across(p.row(g * 16), p.inputs, p.inputs, to);
-            to += p.inputs / 2 * 16;
-            std::memset(to, 0, sizeof(pair) * padded / 2 * 16);
+            term* to = weights.group(g);
+            lay_across(p.row(g * 16), p.inputs, p.inputs, to);
+            to += p.inputs / ELEMENTS * 16;
+            std::memset(to, 0, sizeof(element) * padded * 16);
             for (int i = 0; i < p.block_count; i++) {
                 const LowRank& block = p.blocks[i];
                 if (block.out >= g * 16 + 16 || block.out + block.columns <= g * 16) continue;
-                const int low = block.a / 2, high = (block.a + block.rank + 1) / 2;
-                weights.ranges[g].include(p.inputs / 2 + low, p.inputs / 2 + high);
+                const int low = block.a / ELEMENTS, high = (block.a + block.rank + ELEMENTS - 1) / ELEMENTS;
+                weights.ranges[g].include(p.inputs / ELEMENTS + low, p.inputs / ELEMENTS + high);
                 for (int n = 0; n < 16; n++) {
                     const float* b = p.lora_B + block.b + (long)(g * 16 + n - block.out) * block.rank;
-                    bf16* column = (bf16*)to + 2 * n;  // pair r at column[32 r]
                     for (int r = 0; r < block.rank; r += 16) {
-                        alignas(32) bf16 some[16];
-                        const __mmask16 which = first(block.rank - r);
-                        const __m512 x = _mm512_maskz_loadu_ps(which, b + r);
-                        _mm256_store_si256((__m256i*)some, rounded(_mm512_mul_ps(x, _mm512_set1_ps(block.scaling))));
-                        for (int j = 0; j < std::min(16, block.rank - r); j++) {
-                            const int at = block.a + r + j;
-                            column[at / 2 * 32 + at % 2] = some[j];
-                        }
+                        element some[16];
+                        store(some, load(b + r, first(block.rank - r)) * spread(block.scaling));
+                        for (int j = 0; j < std::min(16, block.rank - r); j++)
+                            *element_at(to, 16, block.a + r + j, n) = some[j];
                     }
                 }
             }
         }
 #pragma omp for schedule(static)
         for (int g = 0; g < padded / 16; g++) {
-            Scratch<bf16> rows((size_t)16 * p.inputs);
+            Scratch<element> rows((size_t)16 * p.inputs);
             for (int i = 0; i < 16; i++)
                 for (int k = 0; k < p.inputs; k += 16)
                     store(rows.data + (long)i * p.inputs + k,
-                          g * 16 + i < p.ranks ? _mm512_loadu_ps(p.lora_A + (long)(g * 16 + i) * p.inputs + k)
-                                               : _mm512_setzero_ps());
-            pair_across(rows.data, p.inputs, p.inputs, lora_A.group(g));
+                          g * 16 + i < p.ranks ? load(p.lora_A + (long)(g * 16 + i) * p.inputs + k)
+                                               : zeros());
+            lay_across(rows.data, p.inputs, p.inputs, lora_A.group(g));
         }
     }
 };
 
 struct Backward {
-    Groups weights;  // (N + R)/2 pairs of each column of dx
-    Groups lora_B;   // N/2 pairs of each column of dthin
+    Groups weights;  // N + R elements of each column of dx
+    Groups lora_B;   // N elements of each column of dthin
     explicit Backward(const Projection& p)
-        : weights(p.inputs / 16, (p.outputs + p.padded()) / 2, p.outputs / 2),
-          lora_B(p.padded() / 16, p.outputs / 2, 0) {}
+        : weights(p.inputs / 16, (p.outputs + p.padded()) / ELEMENTS, p.outputs / ELEMENTS),
+          lora_B(p.padded() / 16, p.outputs / ELEMENTS, 0) {}
 
     void lay_out(const Projection& p, bool need_dx) {
         const int padded = p.padded(), all = p.outputs + padded;
 #pragma omp for schedule(static) nowait
         for (int n = 0; n < (need_dx ? all : 0); n += 2) {
-            pair* to = weights.data.data + n / 2 * 16;
-            const long group = (long)weights.pairs * 16;
+            term* to = weights.data.data + n / ELEMENTS * 16;
+            const long group = (long)weights.terms * 16;
             if (n < p.outputs) {
                 const bf16* row = p.row(n);
                 for (int k = 0; k < p.inputs; k += 16)
-                    _mm512_storeu_si512(to + k / 16 * group,
-                                        paired(_mm256_loadu_si256((const __m256i*)(row + k)),
-                                               _mm256_loadu_si256((const __m256i*)(row + p.inputs + k))));
+                    lay_two(row + k, row + p.inputs + k, to + k / 16 * group, 16);
             } else {
                 const int r = n - p.outputs;
                 const float* a = p.lora_A + (long)r * p.inputs;
                 for (int k = 0; k < p.inputs; k += 16)
-                    _mm512_storeu_si512(
-                        to + k / 16 * group,
-                        paired(rounded(r < p.ranks ? _mm512_loadu_ps(a + k) : _mm512_setzero_ps()),
-                               rounded(r + 1 < p.ranks ? _mm512_loadu_ps(a + p.inputs + k) : _mm512_setzero_ps())));
+                    lay_two(r < p.ranks ? load(a + k) : zeros(), r + 1 < p.ranks ? load(a + p.inputs + k) : zeros(),
+                            to + k / 16 * group, 16);
             }
         }
 #pragma omp for schedule(static)
         for (int g = 0; g < padded / 16; g++) {
-            pair* to = lora_B.group(g);
-            std::memset(to, 0, sizeof(pair) * p.outputs / 2 * 16);
+            term* to = lora_B.group(g);
+            std::memset(to, 0, sizeof(element) * p.outputs * 16);
             for (int i = 0; i < p.block_count; i++) {
                 const LowRank& block = p.blocks[i];
                 const int from = std::max(block.a, g * 16), until = std::min(block.a + block.rank, g * 16 + 16);
                 if (from >= until) continue;
-                lora_B.ranges[g].include(block.out / 2, (block.out + block.columns + 1) / 2);
-                const __mmask16 which = first(until - g * 16) & ~first(from - g * 16);
-                const __m512 scaling = _mm512_set1_ps(block.scaling);
+                lora_B.ranges[g].include(block.out / ELEMENTS, (block.out + block.columns + ELEMENTS - 1) / ELEMENTS);
+                const Mask which = lanes(from - g * 16, until - g * 16);
+                const Floats scaling = spread(block.scaling);
                 for (int n = 0; n < block.columns; n += 2) {
                     const float* b = p.lora_B + block.b + (long)n * block.rank + g * 16 - block.a;
-                    pair* at = to + (long)(block.out + n) / 2 * 16;
-                    const __m512i both =
-                        paired(rounded(_mm512_mul_ps(scaling, _mm512_maskz_loadu_ps(which, b))),
-                               rounded(_mm512_mul_ps(scaling, _mm512_maskz_loadu_ps(which, b + block.rank))));
-                    _mm512_mask_storeu_epi32(at, which, both);
+                    lay_two(scaling * load(b, which), scaling * load(b + block.rank, which),
+                            to + (long)(block.out + n) / ELEMENTS * 16, 16, which);
                 }
             }
         }
@@ -185,41 +173,36 @@ struct Backward {
 // For each tile of at most COLUMNS columns: rows of `a` times them into `sums` (rows, COLUMNS), then done(column,
 // vectors).
 template <class Done>
-void for_columns(int rows, const bf16* a, long a_row, const Groups& b, int from_group, int groups, float* sums,
+void for_columns(int rows, const element* a, long a_row, const Groups& b, int from_group, int groups, float* sums,
                  Done done) {
     for (int g = 0; g < groups; g += COLUMNS / 16) {
         const int vectors = std::min(COLUMNS / 16, groups - g);
         Range range;
         for (int i = 0; i < vectors; i++) range.include(b.ranges[from_group + g + i]);
-        multiply<false>(rows, vectors, Pairs(b.main, range.from, range.to), (const pair*)a, a_row / 2, 1,
-                        b.group(from_group + g), 16, (long)b.pairs * 16, sums, COLUMNS);
+        multiply<false>(rows, vectors, Terms(b.main, range.from, range.to), (const term*)a, a_row / ELEMENTS, 1,
+                        b.group(from_group + g), 16, (long)b.terms * 16, sums, COLUMNS);
         done(g * 16, vectors);
     }
 }
 
 // sums (ranks, columns) += thinᵀ x, over an even number of rows.
-void add_gradient(int rows, const pair* thin_pairs, long ranks_padded, int ranks, const bf16* x, long x_row,
-                  int columns, float* sums, pair* working) {
+void add_gradient(int rows, const term* thin_terms, long ranks_padded, int ranks, const element* x, long x_row,
+                  int columns, float* sums, term* working) {
     for (int c = 0; c < columns; c += COLUMNS) {
         const int width = std::min(COLUMNS, columns - c);
-        pair_along(x + c, x_row, rows, width, working);
-        multiply<true>(ranks, width / 16, rows / 2, thin_pairs, 1, ranks_padded, working, width, 16, sums + c, columns);
+        lay_along(x + c, x_row, rows, width, working);
+        multiply<true>(ranks, width / 16, rows / ELEMENTS, thin_terms, 1, ranks_padded, working, width, 16, sums + c, columns);
     }
 }
 
-inline __m512 through_bf16(__m512 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded(x)), 16));
-}
-
 // x where dropout keeps it.
-inline __m512 kept(__m512 x, const Projection& p, int token, int k) {
-    const __mmask16 which =
-        _mm_test_epi8_mask(_mm_loadu_si128((const __m128i*)(p.keep + (long)token * p.inputs + k)), _mm_set1_epi8(-1));
-    return _mm512_maskz_mul_ps(which, x, _mm512_set1_ps(p.keep_scale));
+inline Floats kept(Floats x, const Projection& p, int token, int k) {
+    return where(nonzero(p.keep + (long)token * p.inputs + k), x * spread(p.keep_scale));
 }
 
 // The rows that A reads: `x` itself, or its copy with dropout.
-const bf16* dropped(const Projection& p, int token, int rows, const bf16* x, long x_row, bf16* copy, long* row) {
+const element* dropped(const Projection& p, int token, int rows, const element* x, long x_row, element* copy,
+                       long* row) {
     *row = x_row;
     if (!p.keep) return x;
     *row = p.inputs;
@@ -230,15 +213,15 @@ const bf16* dropped(const Projection& p, int token, int rows, const bf16* x, lon
 }
 
 // thin = drop(x) Aᵀ, behind x in its rows and into `thin` (T, R).
-void make_thin(const Projection& p, const Forward& laid, int token, int rows, bf16* x, long x_row, bf16* copy,
-               bf16* thin, float* sums) {
+void make_thin(const Projection& p, const Forward& laid, int token, int rows, element* x, long x_row,
+               element* copy, bf16* thin, float* sums) {
     const int padded = p.padded();
     long a_row;
-    const bf16* a = dropped(p, token, rows, x, x_row, copy, &a_row);
+    const element* a = dropped(p, token, rows, x, x_row, copy, &a_row);
     for_columns(rows, a, a_row, laid.lora_A, 0, padded / 16, sums, [&](int n, int vectors) {
         for (int i = 0; i < rows; i++)
             for (int v = 0; v < vectors; v++) {
-                const __m512 y = _mm512_load_ps(sums + i * COLUMNS + 16 * v);
+                const Floats y = load(sums + i * COLUMNS + 16 * v);
                 store(x + i * x_row + p.inputs + n + 16 * v, y);
                 store(thin + (long)(token + i) * padded + n + 16 * v, y);
             }
@@ -268,24 +251,24 @@ struct FactorSums {
 
     // dthin behind dy in its rows, then this block's share of both gradients. `x`: what A reads. Rows behind the last
     // one, up to an even number, must be zero in x and dy and are made so in thin.
-    void add(const Projection& p, const Backward& laid, int token, int rows, bf16* dy, long dy_row, const bf16* x,
-             long x_row, const bf16* thin, float* sums, pair* thin_pairs, pair* working, bf16* thin_rows) {
+    void add(const Projection& p, const Backward& laid, int token, int rows, element* dy, long dy_row, const element* x,
+             long x_row, const bf16* thin, float* sums, term* thin_terms, term* working, element* thin_rows) {
         const int padded = p.padded(), even = (rows + 1) / 2 * 2;
         for_columns(rows, dy, dy_row, laid.lora_B, 0, padded / 16, sums, [&](int n, int vectors) {
             for (int i = 0; i < rows; i++)
                 for (int v = 0; v < vectors; v++)
-                    store(dy + i * dy_row + p.outputs + n + 16 * v, _mm512_load_ps(sums + i * COLUMNS + 16 * v));
+                    store(dy + i * dy_row + p.outputs + n + 16 * v, load(sums + i * COLUMNS + 16 * v));
         });
-        if (even > rows) std::memset(dy + rows * dy_row + p.outputs, 0, sizeof(bf16) * padded);
-        pair_along(dy + p.outputs, dy_row, even, padded, thin_pairs);
-        add_gradient(even, thin_pairs, padded, p.ranks, x, x_row, p.inputs, A.data, working);
+        if (even > rows) std::memset(dy + rows * dy_row + p.outputs, 0, sizeof(element) * padded);
+        lay_along(dy + p.outputs, dy_row, even, padded, thin_terms);
+        add_gradient(even, thin_terms, padded, p.ranks, x, x_row, p.inputs, A.data, working);
 
-        std::memcpy(thin_rows, thin + (long)token * padded, sizeof(bf16) * rows * padded);
-        if (even > rows) std::memset(thin_rows + (long)rows * padded, 0, sizeof(bf16) * padded);
-        pair_along(thin_rows, padded, even, padded, thin_pairs);
+        copy_row(thin + (long)token * padded, rows * padded, thin_rows);
+        if (even > rows) std::memset(thin_rows + (long)rows * padded, 0, sizeof(element) * padded);
+        lay_along(thin_rows, padded, even, padded, thin_terms);
         for (int i = 0; i < p.block_count; i++) {
             const LowRank& block = p.blocks[i];
-            add_gradient(even, thin_pairs + block.a, padded, block.rank, dy + block.out, dy_row, block.columns,
+            add_gradient(even, thin_terms + block.a, padded, block.rank, dy + block.out, dy_row, block.columns,
                          B.data + b_at[i], working);
         }
     }
@@ -296,12 +279,12 @@ void finish(const Projection& p, const std::vector<FactorSums*>& sums, float* dA
     const long a_size = (long)p.ranks * p.inputs;
 #pragma omp for schedule(static)
     for (long k = 0; k < a_size; k += 16) {
-        __m512 sum = _mm512_setzero_ps();
+        Floats sum = zeros();
         for (FactorSums* one : sums)
             if (one)
                 sum =
-                    _mm512_add_ps(sum, _mm512_loadu_ps(one->A.data + k));  // there may be fewer threads than asked for
-        _mm512_storeu_ps(dA + k, sum);
+                    sum + load(one->A.data + k);  // there may be fewer threads than asked for
+        store(dA + k, sum);
     }
     for (int i = 0; i < p.block_count; i++) {
         const LowRank& block = p.blocks[i];
@@ -317,36 +300,36 @@ void finish(const Projection& p, const std::vector<FactorSums*>& sums, float* dA
 }
 
 // dy W + dthin A of a block of rows into `to` (rows, K), fp32.
-void input_gradient(const Projection& p, const Backward& laid, int token, int rows, const bf16* dy, long dy_row,
+void input_gradient(const Projection& p, const Backward& laid, int token, int rows, const element* dy, long dy_row,
                     float* to) {
-    const int vectors = p.inputs / 16, behind = p.outputs / 2 + p.padded() / 2;
-    const auto product = [&](Pairs pairs, int g, int count, float* at, long row) {
-        multiply<false>(rows, count, pairs, (const pair*)dy, dy_row / 2, 1, laid.weights.group(g), 16,
-                        (long)laid.weights.pairs * 16, at, row);
+    const int vectors = p.inputs / 16, main = p.outputs / ELEMENTS, behind = main + p.padded() / ELEMENTS;
+    const auto product = [&](Terms terms, int g, int count, float* at, long row) {
+        multiply<false>(rows, count, terms, (const term*)dy, dy_row / ELEMENTS, 1, laid.weights.group(g), 16,
+                        (long)laid.weights.terms * 16, at, row);
     };
     alignas(64) float through_A[MOST_ROWS * COLUMNS];
     for (int g = 0; g < vectors; g += COLUMNS / 16) {
         const int count = std::min(COLUMNS / 16, vectors - g);
-        product(p.keep ? p.outputs / 2 : behind, g, count, to + g * 16, p.inputs);
+        product(p.keep ? main : behind, g, count, to + g * 16, p.inputs);
         if (!p.keep || !p.ranks) continue;
-        product(Pairs(0, p.outputs / 2, behind), g, count, through_A, COLUMNS);
+        product(Terms(0, main, behind), g, count, through_A, COLUMNS);
         for (int i = 0; i < rows; i++)
             for (int v = 0; v < count; v++) {
                 float* at = to + (long)i * p.inputs + (g + v) * 16;
-                const __m512 of_A = kept(_mm512_load_ps(through_A + i * COLUMNS + 16 * v), p, token + i, (g + v) * 16);
-                _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), of_A));
+                const Floats of_A = kept(load(through_A + i * COLUMNS + 16 * v), p, token + i, (g + v) * 16);
+                store(at, load(at) + of_A);
             }
     }
 }
 
-void copy_rows(const bf16* from, int rows, int width, bf16* to, long to_row) {
-    for (int i = 0; i < rows; i++) std::memcpy(to + i * to_row, from + (long)i * width, sizeof(bf16) * width);
-    std::memset(to + rows * to_row, 0, sizeof(bf16) * width);  // the row behind, of an odd number
+void copy_rows(const bf16* from, int rows, int width, element* to, long to_row) {
+    for (int i = 0; i < rows; i++) copy_row(from + (long)i * width, width, to + i * to_row);
+    std::memset(to + rows * to_row, 0, sizeof(element) * width);  // the row behind, of an odd number
 }
 
-inline __m512 with_bias(const Projection& p, const float* sums, int n) {
-    const __m512 y = _mm512_load_ps(sums);
-    return p.bias ? _mm512_add_ps(y, _mm512_loadu_ps(p.bias + n)) : y;
+inline Floats with_bias(const Projection& p, const float* sums, int n) {
+    const Floats y = load(sums);
+    return p.bias ? y + load(p.bias + n) : y;
 }
 
 }  // namespace
