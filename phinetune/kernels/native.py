@@ -24,7 +24,8 @@ from phinetune.files import cache_folder
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
-KERNELS = ("attention", "decoder", "loss")
+KERNELS = ("attention", "decoder", "loss", "products")
+INSTRUCTIONS = {"avx512_bf16": 2, "avx2": 4}  # the best first; bytes of an element as products in them read it
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 def library(name: str) -> ctypes.CDLL | None:
     """The functions of cpp/NAME.cpp; None where this machine can't run or compile them (said once, at warning level,
     where only the compiler is wanting)."""
-    if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or not _has_instructions():
+    if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or instructions() is None:
         return None
     compiler = find_compiler()
     if not compiler:
@@ -81,9 +82,14 @@ def find_compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
 
 
-def _has_instructions() -> bool:
-    """AVX512-BF16, or AVX2, in which all kernels are written."""
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "avx2"))
+def instructions() -> str | None:
+    """Of `INSTRUCTIONS`, those that kernels use on this processor."""
+    return next((name for name in INSTRUCTIONS if getattr(torch.cpu, f"_is_{name}_supported", bool)()), None)
+
+
+def element_bytes() -> int:
+    """Of a weight as it is laid out for products."""
+    return INSTRUCTIONS[instructions() or next(iter(INSTRUCTIONS))]
 
 
 def _compile(name: str, compiler: list[str]) -> Path:

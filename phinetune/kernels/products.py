@@ -14,6 +14,7 @@ we multiply panels in fp32 and round each sum once:
           └───┘  └──┴──┴──┘
 """
 
+import ctypes
 import functools
 import math
 from collections.abc import Iterator
@@ -21,15 +22,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from phinetune.kernels import native
+
 PANEL_BYTES = 1_500_000
 SMALLEST_PANEL = 96  # rows: below it fp32 products lose their speed
 
 
 def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """a @ b (+ bias), (M, N), in a's dtype; written into `out` (some columns of a matrix, say) where one is given."""
-    if not _needs_panels(a_MK):
+    if not _is_left_to_us(a_MK):
         return torch.mm(a_MK, b_KN, out=out) if bias_N is None else torch.addmm(bias_N, a_MK, b_KN, out=out)
     y_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1]) if out is None else out
+    if _is_native(a_MK, b_KN, y_MN):
+        return _native_product(a_MK, b_KN, bias_N, y_MN)
     for rows, columns, cell in _cells(a_MK, b_KN):
         y_MN[rows, columns] = cell if bias_N is None else cell + bias_N[columns]
     return y_MN
@@ -37,8 +42,10 @@ def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None, out: Tenso
 
 def add_product_(y_MN: Tensor, a_MK: Tensor, b_KN: Tensor, alpha: float = 1.0) -> Tensor:
     """y += alpha · a @ b, in place."""
-    if not _needs_panels(a_MK):
+    if not _is_left_to_us(a_MK):
         return y_MN.addmm_(a_MK, b_KN, alpha=alpha)
+    if _is_native(a_MK, b_KN, y_MN):
+        return _native_product(a_MK, b_KN, None, y_MN, alpha, adds=True)
     for rows, columns, cell in _cells(a_MK, b_KN):
         y_MN[rows, columns] = cell.mul_(alpha).add_(y_MN[rows, columns])
     return y_MN
@@ -56,7 +63,43 @@ def _cells(a_MK: Tensor, b_KN: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
             yield rows, columns, a_MK[rows].float() @ panel
 
 
-def _needs_panels(a_MK: Tensor) -> bool:
+class _Product(ctypes.Structure):
+    """As in cpp/products.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("rows", "inner", "columns")),
+        ("a", ctypes.c_void_p), ("a_row", ctypes.c_long),
+        ("b", ctypes.c_void_p), ("b_row", ctypes.c_long), ("by_columns", ctypes.c_int),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p), ("y_row", ctypes.c_long),
+        ("alpha", ctypes.c_float), ("adds", ctypes.c_int),
+    ]  # fmt: skip
+
+
+def _native_product(
+    a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None, y_MN: Tensor, alpha: float = 1.0, adds: bool = False
+) -> Tensor:
+    a_MK = a_MK if a_MK.stride(1) == 1 else a_MK.contiguous()
+    bias_N = None if bias_N is None else bias_N.detach().to(a_MK.dtype).contiguous()
+    by_columns = b_KN.stride(0) == 1
+    asked = _Product(
+        a_MK.shape[0], *b_KN.shape, a_MK.data_ptr(), a_MK.stride(0),
+        b_KN.data_ptr(), b_KN.stride(1 if by_columns else 0), by_columns,
+        None if bias_N is None else bias_N.data_ptr(), y_MN.data_ptr(), y_MN.stride(0), alpha, adds,
+    )  # fmt: skip
+    native.call("products", "product", ctypes.byref(asked), torch.get_num_threads())
+    return y_MN
+
+
+def _is_native(*tensors: Tensor) -> bool:
+    """Whether cpp/products.cpp is for these: some numbers of bfloat16, y's rows and b's rows or columns in one piece."""
+    _, b_KN, y_MN = tensors
+    plain = all(type(t.detach()) is Tensor and t.dtype is torch.bfloat16 and t.numel() > 0 for t in tensors)
+    laid = 1 in b_KN.stride() and y_MN.stride(1) == 1
+    return plain and laid and native.library("products") is not None
+
+
+def _is_left_to_us(a_MK: Tensor) -> bool:
     if torch.compiler.is_compiling():  # a graph should hold the product and not its panels
         return False
     return a_MK.device.type == "cpu" and _is_emulated(a_MK.dtype)

@@ -19,7 +19,9 @@ from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.functional import Projection, draw_dropout
 
 VECTOR = 16  # widths are multiples of it
-MOST_ELEMENTS = 1 << 23  # of a part's weights: larger ones don't stay in the cache between blocks of rows
+# Of a part's weights: larger ones don't stay in the cache between blocks of rows.  Products in fp32 are slow enough not
+# to wait for them, but a copy that is laid out is twice as large.
+MOST_ELEMENTS = {"avx512_bf16": 1 << 23, "avx2": 1 << 29}
 
 
 def serves(x_TK: Tensor, *parts: Projection) -> bool:
@@ -28,10 +30,14 @@ def serves(x_TK: Tensor, *parts: Projection) -> bool:
         x_TK.dtype is torch.bfloat16
         and x_TK.device.type == "cpu"
         and len(x_TK) > 0
-        and sum(weight.numel() for part in parts for weight in part.weights) <= MOST_ELEMENTS
+        and holds(sum(weight.numel() for part in parts for weight in part.weights))
         and all(_is_laid_out(part) for part in parts)
-        and native.library("decoder") is not None
     )
+
+
+def holds(elements: int) -> bool:
+    """Whether the kernel is there, and is for weights of so many elements."""
+    return native.library("decoder") is not None and elements <= MOST_ELEMENTS[native.instructions() or ""]
 
 
 def norm_linears(x_TD: Tensor, norm_weight_D: Tensor, eps: float, layers: Projection) -> Tensor:

@@ -16,11 +16,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from phinetune import lora
-from phinetune.kernels import flash
+from phinetune.kernels import flash, native
 from phinetune.kernels.attention import KEPT_KEYS
 from phinetune.kernels.flash import VECTOR
 from phinetune.kernels.loss import CHUNK_BYTES
 from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
+from phinetune.kernels.quantised import QuantisedWeight
+from phinetune.lora import blockwise
 
 SCATTERED = 1.3  # freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md)
 
@@ -81,12 +83,16 @@ def _worked_with(model: Any, batch: Batch) -> int:
     if _has_fast_layers(model):
         heads, kv_heads, width = _heads(config)
         if _has_flash(model):
-            attention = (2 * heads * 4 + 3 * kv_heads * element) * width * batch.tokens  # dk, dv; keys laid out
+            laid_out = 3 * kv_heads * native.element_bytes()  # keys both ways, values
+            attention = (2 * heads * 4 + laid_out) * width * batch.tokens  # dk, dv
         else:
             queries = min(max(GROUP_SCORES // (heads * batch.longest), SMALLEST_BLOCK), LARGEST_BLOCK, batch.longest)
             keys = batch.tokens * (batch.longest + queries) // (2 * queries)  # of all blocks of queries
             attention = 4 * keys * kv_heads * width * element  # gradients of keys and values, and again side by side
-    mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2) * element
+    if _is_blockwise(model):
+        mlp = 2 * hidden * element * batch.tokens + 3 * hidden * intermediate * native.element_bytes()  # laid out
+    else:
+        mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2) * element
     table = int(config.vocab_size) * hidden * element  # oneDNN multiplies by a copy of the weight
     head = 2 * CHUNK_BYTES + table + 5 * hidden * element * batch.tokens
     return max(attention, mlp, head)
@@ -142,6 +148,14 @@ def _has_fast_layers(model: nn.Module) -> bool:
 def _has_flash(model: Any) -> bool:
     """Whether attention is the C++ kernel's."""
     return flash.serves(torch.empty(0, 1, _heads(model.config)[2], dtype=model.dtype, device=model.device))
+
+
+def _is_blockwise(model: Any) -> bool:
+    """Whether the MLP is the C++ kernel's."""
+    weights = [getattr(module, "weight", None) for module in decoder_layers(model)[0].modules()]
+    plain = not any(isinstance(weight, QuantisedWeight) for weight in weights)
+    elements = 3 * int(model.config.hidden_size) * _intermediate(model.config)
+    return _has_fast_layers(model) and _has_flash(model) and plain and blockwise.holds(elements)
 
 
 def _intermediate(config: Any) -> int:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from phinetune.kernels import attention, flash, loss, native, separate
 
 needs_kernels = pytest.mark.skipif(
-    native.library("attention") is None, reason="the C++ kernels need AVX512-BF16 and a C++ compiler"
+    native.library("attention") is None, reason="the C++ kernels need AVX512-BF16 or AVX2 and a C++ compiler"
 )
 ROUNDED = 6e-3  # of bfloat16 inputs' results, relative by norm
 

@@ -8,13 +8,15 @@ from phinetune.kernels import products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("in_panels", [True, False])
+@pytest.mark.parametrize("by", ["torch", "panels", "C++"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (0, 5, 4), (5, 0, 4), (5, 3, 7), (300, 70, 250), (130, 4000, 97), (16, 512, 700)]
+    "shape", [(1, 1, 1), (0, 5, 4), (5, 0, 4), (5, 3, 7), (3, 70, 40), (300, 70, 250), (130, 4000, 97), (16, 512, 700)]
 )
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)])
-def test_products_and_sums(monkeypatch, dtype, in_panels, shape, transposed):
-    monkeypatch.setattr(products, "_needs_panels", lambda a: in_panels)
+def test_products_and_sums(monkeypatch, dtype, by, shape, transposed):
+    monkeypatch.setattr(products, "_is_left_to_us", lambda a: by != "torch")
+    if by == "panels":
+        monkeypatch.setattr(products.native, "library", lambda name: None)
     monkeypatch.setattr(products, "PANEL_BYTES", 100_000)
     torch.manual_seed(0)
     m, k, n = shape

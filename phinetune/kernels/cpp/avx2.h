@@ -188,6 +188,7 @@ inline void lay_across(const T* rows, long stride, int width, term* to) {
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
+constexpr int MOST_ROWS = 144;  // of a block that stays in the cache, in whole tiles
 constexpr int MOST_VECTORS = 1;                      // of 16 columns, of a tile
 constexpr int tile_rows(int) { return 6; }           // as many sums as registers hold
 

@@ -112,6 +112,7 @@ inline void lay_across(const bf16* rows, long stride, int width, term* to) {
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
+constexpr int MOST_ROWS = 96;  // of a block that stays in the cache, in whole tiles
 constexpr int MOST_VECTORS = 4;                                       // of 16 columns, of a tile
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : 8; }  // as many sums as registers hold
 

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int MOST_ROWS = 96, COLUMNS = 64;  // of a block; of a tile
+constexpr int COLUMNS = 64;  // of a tile
 
 struct LowRank {  // columns of y, rows of A, where B's elements begin
     int out, columns, a, rank;
