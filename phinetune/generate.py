@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from phinetune.data import Renderer
 from phinetune.kernels.allocator import is_out_of_memory
+from phinetune.kernels.linear import linear
 from phinetune.model import long_rope_boundary, stop_ids
 
 log = logging.getLogger(__name__)
@@ -94,25 +95,30 @@ def _generate(model: Any, prompts: Sequence[list[int]], settings: dict[str, Any]
     if shared and len(prompts) > 1:
         cache = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(prompts))
-    with _contiguous_head(model):
+    with _own_head(model):
         out: Tensor = model.generate(ids, attention_mask=mask, past_key_values=cache, use_cache=True, **settings)
     rows = out[:, width:].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in rows]
 
 
 @contextmanager
-def _contiguous_head(model: Any) -> Iterator[None]:
-    """The last position of each prompt is copied before the head reads it: of a slice of a batch torch multiplies row
-    by row on a CPU, with a copy of the head's weight for each (52 prompts of SmolLM2: 2.9 GB and 5 s; torch 2.13)."""
+def _own_head(model: Any) -> Iterator[None]:
+    """The head by phinetune's products, of a copy of the last position of each prompt: of a slice of a batch torch
+    multiplies row by row on a CPU, with a copy of the head's weight for each (52 prompts of SmolLM2: 2.9 GB and 5 s;
+    torch 2.13)."""
     head = model.get_output_embeddings()
-    if head is None:
+    if type(head) is not nn.Linear:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
+
+    def forward(x: Tensor) -> Tensor:
+        return linear(x.reshape(-1, x.shape[-1]).contiguous(), head.weight, head.bias).view(*x.shape[:-1], -1)
+
+    head.forward = forward
     try:
         yield
     finally:
-        hook.remove()
+        del head.forward
 
 
 def _shared_prefix(prompts: Sequence[list[int]]) -> int:
@@ -148,14 +154,15 @@ def stream(
     ids = torch.tensor([renderer.prompt_ids(messages)])
     stops = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    model.generate(
-        ids.to(model.device),
-        attention_mask=torch.ones_like(ids).to(model.device),
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        eos_token_id=stops,
-        pad_token_id=stops[0],
-        streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
+    with _own_head(model):
+        model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids).to(model.device),
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
     return "".join(pieces)

@@ -26,7 +26,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"device        {found['device']}; {found['threads']}",
         f"memory        {memory['free']:.1f} GB free of {memory['total']:.1f}; freed memory is "
         f"{'kept and used again' if found['freed_memory_is_kept'] else 'given back to the system'}",
-        f"C++ kernels   {', '.join(made) if made else _why_no_kernels(found)}",
+        f"C++ kernels   {', '.join(made) + ', in ' + found['kernels_in'] if made else _why_no_kernels(found)}",
         f"products      {', '.join(f'{name} {rate:,.0f}' for name, rate in gflops.items())} G(FL)OP/s; "
         f"dtype auto is {found['dtype']}",
     ]
@@ -44,6 +44,6 @@ def _why_no_kernels(found: dict[str, Any]) -> str:
         return "none: they are for CPUs"
     if not found["compiler"]:
         return "none: there is no C++ compiler (install g++ or clang++)"
-    if "avx512_bf16" not in found["cpu"]["instructions"]:
-        return "none: they need AVX512-BF16, which this processor hasn't; plain products are used"
+    if found["kernels_in"] is None:
+        return "none: they need AVX512-BF16 or AVX2, which this processor hasn't; plain products are used"
     return "none: they couldn't be compiled, or PHINETUNE_COMPILE=0 is set"

@@ -102,11 +102,11 @@ def _is_native(*tensors: Tensor) -> bool:
 def _is_left_to_us(a_MK: Tensor) -> bool:
     if torch.compiler.is_compiling():  # a graph should hold the product and not its panels
         return False
-    return a_MK.device.type == "cpu" and _is_emulated(a_MK.dtype)
+    return a_MK.device.type == "cpu" and is_emulated(a_MK.dtype)
 
 
 @functools.cache
-def _is_emulated(dtype: torch.dtype) -> bool:
+def is_emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU's products of a dtype are left to torch's element-wise loops, oneDNN having none."""
     if dtype is torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -10,6 +10,7 @@ import torch
 
 from phinetune.errors import ModelError
 from phinetune.hub import hub_answers
+from phinetune.kernels import native
 from phinetune.model import attention, smollm2
 from phinetune.model.family import FLAT_FAMILIES
 from phinetune.model.files import check_model_files, check_sizes
@@ -65,11 +66,12 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
 
     attention.register()
     device = device or torch.device("cpu")
-    options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(kwargs.dtype, device, warn=False))}
-    if model.endswith(".gguf"):
-        options["quantization_config"] = GgufConfig(dequantize=True)
     source = _Source.of(model, kwargs)
     config = _config(model, source)
+    dtype = resolve_dtype(kwargs.dtype, device, config.model_type, warn=False)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if model.endswith(".gguf"):
+        options["quantization_config"] = GgufConfig(dequantize=True)
     implementation = kwargs.attn_implementation
     if implementation == "auto" and config.model_type in FLAT_FAMILIES:
         implementation = attention.NAME
@@ -142,10 +144,12 @@ def _any_tokenizer(model: str, kwargs: ModelKwargs) -> Any | None:
         return None
 
 
-def resolve_dtype(name: str, device: torch.device, warn: bool = True) -> str:
-    """`auto` is bfloat16, but float32 on a CPU on which bfloat16 products are slower than float32 ones."""
+def resolve_dtype(name: str, device: torch.device, model_type: str, warn: bool = True) -> str:
+    """`auto` is bfloat16, but float32 on a CPU that is slower in bfloat16: it multiplies it more slowly, and there are
+    no kernels for the model (`config.model_type`)."""
     asked = name == "auto" or (name == "bfloat16" and warn)
-    ratio = bfloat16_speed() if device.type == "cpu" and asked else 1.0
+    has_kernels = model_type in FLAT_FAMILIES and native.library("decoder") is not None
+    ratio = bfloat16_speed() if device.type == "cpu" and asked and not has_kernels else 1.0
     if name == "bfloat16" and ratio < 1:
         log.warning(f"this CPU multiplies bfloat16 at {ratio:.2f} times float32's rate: dtype=float32 is faster here")
     return ("bfloat16" if ratio >= 1 else "float32") if name == "auto" else name

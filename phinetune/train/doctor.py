@@ -9,14 +9,16 @@ from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.kernels.compiled import can_compile
 from phinetune.kernels.threads import settle_threads
-from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype
+from phinetune.model import adapt_model, load_config, load_model, load_tokenizer, pick_device, resolve_dtype
 from phinetune.recipe import DataConfig, ModelKwargs, PeftConfig, TrainingConfig
 from phinetune.train import machine
 from phinetune.train.memory import MemoryPeak, memory_free
 from phinetune.train.optimiser import make_optimizer
 from phinetune.train.rates import rates_by_dtype, share_reached
 
-KERNELS = {"attention": "packed attention", "decoder": "decoder layers", "loss": "the loss head"}
+KERNELS = {
+    "attention": "packed attention", "decoder": "decoder layers", "loss": "the loss head", "products": "other products",
+}  # fmt: skip
 STEPS, ROWS_A_STEP = 3, 16
 
 
@@ -38,7 +40,8 @@ def examine(training: bool = True) -> dict[str, Any]:
         "compiler": " ".join(native.find_compiler()) or None,
         "compiled_passes": can_compile(),
         "kernels": {name: native.library(name) is not None for name in KERNELS},
-        "dtype": resolve_dtype("auto", device),
+        "kernels_in": native.instructions(),
+        "dtype": resolve_dtype("auto", device, load_config("smollm2", ModelKwargs()).model_type),
         "gflops": {name: round(rate / 1e9, 1) for name, rate in rates_by_dtype(device).items()},
     }
     return found | ({"training": _train(device, found["dtype"])} if training else {})

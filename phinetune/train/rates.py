@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phinetune.data import Example
+from phinetune.kernels.products import is_emulated, product
 from phinetune.model import flat_batches
 from phinetune.train.loop import training_step
 
@@ -19,7 +20,8 @@ REPEATS = 5
 
 
 class Products:
-    """The forward product x Wᵀ and dX = dY W of a model's linears and head, at a number of tokens.
+    """torch's forward product x Wᵀ and dX = dY W of a model's linears and head, at a number of tokens; in float32 where
+    the processor multiplies no others.
 
     Each weight stands for all of its shape, so the mean is weighted by FLOP.
     """
@@ -33,9 +35,11 @@ class Products:
         shapes = [*linears.values(), [head]]
         self.weights = sum(weight.numel() for same in shapes for weight in same)
         self.flop = 4 * tokens * self.weights
-        self.timed = [(same[:: max(1, len(same) // PROBED_LAYERS)], len(same)) for same in shapes]
+        dtype = torch.float32 if head.device.type == "cpu" and is_emulated(head.dtype) else head.dtype
+        some = [(same[:: max(1, len(same) // PROBED_LAYERS)], len(same)) for same in shapes]
+        self.timed = [([weight.to(dtype) for weight in probed], count) for probed, count in some]
         sizes = {n for same in shapes for n in same[0].shape}
-        self.inputs = {n: torch.randn(tokens, n, dtype=head.dtype, device=head.device) for n in sizes}
+        self.inputs = {n: torch.randn(tokens, n, dtype=dtype, device=head.device) for n in sizes}
 
     def rate(self) -> float:
         """FLOP a second."""
@@ -108,7 +112,7 @@ def rates_by_dtype(device: torch.device) -> dict[str, float]:
     made: dict[str, Callable[[], object]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(SIDE, SIDE, device=device).to(dtype)
-        made[str(dtype).removeprefix("torch.")] = lambda x=x: torch.mm(x, x.T)  # type: ignore[misc]
+        made[str(dtype).removeprefix("torch.")] = lambda x=x: product(x, x.T)  # type: ignore[misc]
     i = torch.randint(-128, 128, (SIDE, SIDE), dtype=torch.int8, device=device)
     made["int8"] = lambda: torch._int_mm(i, i.T)
     return {name: 2 * SIDE**3 / statistics.median(_seconds(of, device)) for name, of in made.items()}
