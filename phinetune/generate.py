@@ -114,7 +114,7 @@ def _own_head(model: Any) -> Iterator[None]:
     def forward(x: Tensor) -> Tensor:
         return linear(x.reshape(-1, x.shape[-1]).contiguous(), head.weight, head.bias).view(*x.shape[:-1], -1)
 
-    head.forward = forward
+    head.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -2,7 +2,8 @@
 
 torch multiplies bfloat16 on a CPU without AVX-512 or AMX element by element: on an AMD Zen 3 at 13 to 19 GFLOP/s where
 one operand is a transposed view, and at 0.4 where it isn't, as in every backward pass (fp32: 140; docs/log.md).  There
-we multiply panels in fp32 and round each sum once:
+a C++ kernel multiplies in fp32 and rounds each sum once (cpp/products.cpp, 125); without a compiler, and for float16,
+torch does, in panels:
 
                  b_KN   panels of columns
                  ┌──┬──┬──┐
@@ -92,7 +93,7 @@ def _native_product(
 
 
 def _is_native(*tensors: Tensor) -> bool:
-    """Whether cpp/products.cpp is for these: some numbers of bfloat16, y's rows and b's rows or columns in one piece."""
+    """Whether cpp/products.cpp is for these: numbers of bfloat16, y's rows and b's rows or columns in one piece."""
     _, b_KN, y_MN = tensors
     plain = all(type(t.detach()) is Tensor and t.dtype is torch.bfloat16 and t.numel() > 0 for t in tensors)
     laid = 1 in b_KN.stride() and y_MN.stride(1) == 1

@@ -84,12 +84,12 @@ class ModelKwargs(Section):
     """How the base model is loaded (names of `from_pretrained`)."""
 
     dtype: Annotated[str, BeforeValidator(str), AfterValidator(_known_dtype)] = "auto"
-    """Of the base weights. `auto`: bfloat16, or float32 on a CPU that multiplies bfloat16 more slowly."""
+    """Of the base weights. `auto`: bfloat16, or float32 on a CPU that is slower in bfloat16."""
     attn_implementation: Annotated[str, AfterValidator(_no_code_from_hub)] = "auto"
     """`auto`: phinetune's packed attention where the model can take it; else as transformers names it."""
     load_in_8bit: bool = False
     """The decoder layers' weights in 8 bits, half of bfloat16's memory. On a CPU in phinetune's own int8, with faster
-    products; on a GPU by bitsandbytes, dequantised for each product."""
+    products where it has VNNI or AMX; on a GPU by bitsandbytes, dequantised for each product."""
     load_in_4bit: bool = False
     """QLoRA: the decoder layers' weights in 4 bits by bitsandbytes, on a CPU as on a GPU, a quarter of bfloat16's
     memory; dequantised for each product."""

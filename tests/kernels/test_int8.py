@@ -16,6 +16,14 @@ from phinetune.kernels import compiled, int8
 SIZES = [1, 3, 4, 7, 8, 9, 16, 64, 65, 130]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _products_in_int8():
+    """On processors, too, that are slow in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "_is_fast", lambda: True)
+        yield
+
+
 @settings(max_examples=60, deadline=None)
 @given(m=st.sampled_from([0, *SIZES]), k=st.sampled_from([*SIZES[1:], 3072]), n=st.sampled_from(SIZES))
 def test_torch_multiplies_whole_numbers_exactly(m, k, n):
@@ -176,6 +184,17 @@ def test_builds_that_multiply_wrongly_are_found_and_done_without(monkeypatch, ca
         assert "wrongly" in caplog.text
     finally:
         int8._is_exact.cache_clear()
+
+
+def test_processors_that_are_slow_in_int8_multiply_dequantised_weights(monkeypatch):
+    torch.manual_seed(0)
+    weight, x, dy = torch.randn(64, 128), torch.randn(30, 128), torch.randn(30, 64)
+    monkeypatch.setattr(int8, "_is_fast", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    quantised = int8.quantise(weight)
+    dequantised = quantised.dequantise(torch.float64)
+    assert relative_error(int8.linear(x, quantised), x.double() @ dequantised.T) < 1e-6
+    assert relative_error(int8.input_gradient(dy, quantised), dy.double() @ dequantised) < 1e-6
 
 
 # As a parameter --------------------------------------------------------------------------------------------

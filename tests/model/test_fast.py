@@ -9,7 +9,7 @@ from conftest import draw_lora_B, relative_error, tiny_model
 from phinetune import lora
 from phinetune.data import Example, lay_out
 from phinetune.kernels import compiled
-from phinetune.model import fast, fused_parts, loss_sum
+from phinetune.model import fast, fused_parts, load, loss_sum
 
 FAMILIES = ["llama", "mistral", "phi3", "qwen2"]
 CONFIGS = {
@@ -130,3 +130,24 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert again == loss
     for name, gradient in recomputed.items():
         assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kernels", "rate", "dtype"),
+    [
+        ("phi3", True, 0.1, "bfloat16"),  # products of bfloat16 are the kernels' own
+        ("phi3", False, 0.1, "float32"),
+        ("phi3", False, 2.9, "bfloat16"),
+        ("gpt2", True, 0.1, "float32"),  # its layers are torch's
+        ("gpt2", True, 2.9, "bfloat16"),
+    ],
+)
+def test_auto_is_the_dtype_in_which_a_cpu_trains_the_model_faster(
+    monkeypatch, caplog, model_type, kernels, rate, dtype
+):
+    monkeypatch.setattr(load.native, "library", lambda name: object() if kernels else None)
+    monkeypatch.setattr(load, "bfloat16_speed", lambda: rate)
+    assert load.resolve_dtype("auto", torch.device("cpu"), model_type) == dtype
+    assert load.resolve_dtype("auto", torch.device("cuda"), model_type) == "bfloat16"
+    assert load.resolve_dtype("bfloat16", torch.device("cpu"), model_type) == "bfloat16"
+    assert ("float32 is faster here" in caplog.text) == (dtype == "float32")

@@ -145,8 +145,7 @@ inline Mask visible(int j, int from, int to) {
 
 // A query's weights of a block of keys, 2^(score · scale − top), rounded; its top and total go on from block to block.
 template <bool ALL>
-void softmax_row(float* scores, int keys, int from, int to, Floats scale, float* top, float* total,
-                 element* weights) {
+void softmax_row(float* scores, int keys, int from, int to, Floats scale, float* top, float* total, element* weights) {
     if (from >= to) {
         std::memset(weights, 0, sizeof(element) * keys);
         return;
@@ -256,15 +255,14 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
                             store(at, load(at) * less);
                         }
                     }
-                    multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)weights.data, KEYS / ELEMENTS, 1,
-                                   v + (long)sight.packed * terms, width, 16, sums.data, width);
+                    multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)weights.data, KEYS / ELEMENTS,
+                                   1, v + (long)sight.packed * terms, width, 16, sums.data, width);
                 });
                 for (int i = 0; i < count; i++) {
                     const int token = segment.start + task.begin + i;
                     bf16* to = out + ((long)token * line.heads + head) * width;
                     const Floats factor = spread(1 / total[i]);
-                    for (int d = 0; d < width; d += 16)
-                        store(to + d, load(sums.data + i * width + d) * factor);
+                    for (int d = 0; d < width; d += 16) store(to + d, load(sums.data + i * width + d) * factor);
                     lse[(long)head * line.tokens + token] = top[i] + std::log2(total[i]);
                 }
             }
@@ -338,8 +336,7 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                         lay_along(q.data, width, even, width, q_along.data);
                         lay_along(dy.data, width, even, width, dout_along.data);
                         std::memset(dq.data, 0, sizeof(float) * count * width);
-                        const Floats scale = spread(line.scaling * LOG2_E),
-                                     scaling = spread(line.scaling);
+                        const Floats scale = spread(line.scaling * LOG2_E), scaling = spread(line.scaling);
                         for_key_blocks(line, segment, begin, end, [&](const Sight& sight, int key_index) {
                             const int blocks = sight.count / 16;
                             multiply<false>(count, blocks, terms, (const term*)q.data, terms, 1,
@@ -370,13 +367,13 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                                                                            dscores_rows.data + i * KEYS);
                             }
                             multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)dscores_rows.data,
-                                           KEYS / ELEMENTS, 1, k_along.data + of_kv + (long)sight.packed * terms, width, 16, dq.data,
-                                           width);
+                                           KEYS / ELEMENTS, 1, k_along.data + of_kv + (long)sight.packed * terms, width,
+                                           16, dq.data, width);
                             const long keys_at = (long)sight.packed * width;
-                            multiply<true>(sight.count, vectors, even / ELEMENTS, dscores_along.data, 1, KEYS, q_along.data,
-                                           width, 16, dk + keys_at, width);
-                            multiply<true>(sight.count, vectors, even / ELEMENTS, weights_along.data, 1, KEYS, dout_along.data,
-                                           width, 16, dv + keys_at, width);
+                            multiply<true>(sight.count, vectors, even / ELEMENTS, dscores_along.data, 1, KEYS,
+                                           q_along.data, width, 16, dk + keys_at, width);
+                            multiply<true>(sight.count, vectors, even / ELEMENTS, weights_along.data, 1, KEYS,
+                                           dout_along.data, width, 16, dv + keys_at, width);
                         });
                         for (int i = 0; i < count; i++) {
                             const int token = segment.start + begin + i;
@@ -397,8 +394,7 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                                             (long)(segment.packed + token - segment.start) * width;
                         for (int d = 0; d < width; d += 16) {
                             Floats total = load(from + d);
-                            for (int g = 1; g < group * parts; g++)
-                                total = total + load(from + g * of_gradients + d);
+                            for (int g = 1; g < group * parts; g++) total = total + load(from + g * of_gradients + d);
                             store(sum + d, total);
                         }
                         const int head = line.heads + kv_head + (value ? line.kv_heads : 0);

@@ -80,7 +80,8 @@ inline unsigned bits(Mask which) {
            (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(which.high)) << 8;
 }
 inline Floats where(Mask which, Floats x) {
-    return {_mm256_and_ps(_mm256_castsi256_ps(which.low), x.low), _mm256_and_ps(_mm256_castsi256_ps(which.high), x.high)};
+    return {_mm256_and_ps(_mm256_castsi256_ps(which.low), x.low),
+            _mm256_and_ps(_mm256_castsi256_ps(which.high), x.high)};
 }
 inline Floats where(Mask which, Floats x, Floats otherwise) {
     return {_mm256_blendv_ps(otherwise.low, x.low, _mm256_castsi256_ps(which.low)),
@@ -108,7 +109,8 @@ inline __m256 rounded(__m256 x) {
     const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256 kept =
+        _mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     return _mm256_and_ps(kept, _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000)));
 }
 inline Floats through_bf16(Floats x) { return {rounded(x.low), rounded(x.high)}; }
@@ -140,8 +142,8 @@ inline void store(bf16* to, Floats x, Mask which) {
 
 // ---- laying out for products ---------------------------------------------------------------------------------------
 
-// Sixteen columns of two rows, the first an even one of a matrix laid along, at `to` of its first; the matrix is `width`
-// wide.
+// Sixteen columns of two rows, the first an even one of a matrix laid along, at `to` of its first; the matrix is
+// `width` wide.
 inline void lay_two(Floats one, Floats other, term* to, long width) {
     store(to, one);
     store(to + width, other);
@@ -188,9 +190,9 @@ inline void lay_across(const T* rows, long stride, int width, term* to) {
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-constexpr int MOST_ROWS = 144;  // of a block that stays in the cache, in whole tiles
-constexpr int MOST_VECTORS = 1;                      // of 16 columns, of a tile
-constexpr int tile_rows(int) { return 6; }           // as many sums as registers hold
+constexpr int MOST_ROWS = 144;              // of a block that stays in the cache, in whole tiles
+constexpr int MOST_VECTORS = 1;             // of 16 columns, of a tile
+constexpr int tile_rows(int) { return 6; }  // as many sums as registers hold
 
 using Operand = Floats;
 inline Operand load_operand(const term* from) { return load(from); }

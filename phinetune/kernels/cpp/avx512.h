@@ -21,9 +21,7 @@ inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // of the
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float sum_of_lanes(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float max_of_lanes(Floats x) { return _mm512_reduce_max_ps(x); }
-inline Floats nearest(Floats x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats times_power_of_2(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }
 
 // The lanes below `count`.
@@ -39,9 +37,7 @@ inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
 inline Floats load(const float* from, Mask which) { return _mm512_maskz_loadu_ps(which, from); }
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 
-inline Floats widened(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
+inline Floats widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m256i rounded(Floats x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 inline Floats through_bf16(Floats x) { return widened(rounded(x)); }
 
@@ -58,8 +54,7 @@ inline __m512i paired(__m256i low, __m256i high) {
 
 // Sixteen columns of two rows, the first an even one of a matrix laid along, at `to` of its first.
 inline void lay_two(const bf16* one, const bf16* other, term* to, long) {
-    _mm512_storeu_si512(
-        to, paired(_mm256_loadu_si256((const __m256i*)one), _mm256_loadu_si256((const __m256i*)other)));
+    _mm512_storeu_si512(to, paired(_mm256_loadu_si256((const __m256i*)one), _mm256_loadu_si256((const __m256i*)other)));
 }
 inline void lay_two(Floats one, Floats other, term* to, long) {
     _mm512_storeu_si512(to, paired(rounded(one), rounded(other)));
@@ -112,8 +107,8 @@ inline void lay_across(const bf16* rows, long stride, int width, term* to) {
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-constexpr int MOST_ROWS = 96;  // of a block that stays in the cache, in whole tiles
-constexpr int MOST_VECTORS = 4;                                       // of 16 columns, of a tile
+constexpr int MOST_ROWS = 96;    // of a block that stays in the cache, in whole tiles
+constexpr int MOST_VECTORS = 4;  // of 16 columns, of a tile
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : 8; }  // as many sums as registers hold
 
 using Operand = __m512i;

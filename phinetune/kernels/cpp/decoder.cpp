@@ -24,8 +24,8 @@ inline Floats sigmoid(Floats x) {  // in min, the second operand is the one that
 }
 
 // Normed rows into `to`, their 1/√(mean square) into `rstd`; with rstd known where `again`.
-void norm(const bf16* x, const bf16* weight, float eps, int width, int rows, float* rstd, bool again,
-          element* to, long to_row) {
+void norm(const bf16* x, const bf16* weight, float eps, int width, int rows, float* rstd, bool again, element* to,
+          long to_row) {
     for (int i = 0; i < rows; i++) {
         const bf16* row = x + (long)i * width;
         if (!again) {
@@ -244,8 +244,7 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
             for (int i = 0; i < rows; i++)
                 for (int n = 0; n < width; n += 16) {
                     const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
-                    const Floats gate = load(at), up = load(at + width),
-                                 d = load(dact.data + (long)i * width + n);
+                    const Floats gate = load(at), up = load(at + width), d = load(dact.data + (long)i * width + n);
                     const Floats share = sigmoid(gate), silu = gate * share;
                     const Floats slope = fma(silu, spread(1) - share, share);
                     element* to = both.data + i * row + n;

@@ -126,11 +126,11 @@ void head_backward(int tokens, int width, int vocabulary, int threads, const bf1
                     const Floats p = exp2(fms(load(row), scale, shift));
                     store(to_row + n, where(which, p * by));
                 }
-                if (targets[i] >= v && targets[i] < v + words)
-                    put(to_row + targets[i] - v, at_target[i]);
+                if (targets[i] >= v && targets[i] < v + words) put(to_row + targets[i] - v, at_target[i]);
                 if (i % ROWS == ROWS - 1 || i == tokens - 1)
-                    multiply<true>(i % ROWS + 1, width / 16, even / ELEMENTS, (const term*)dlogits.data, WORDS_BACK / ELEMENTS, 1,
-                                   panel.data, width, 16, sums.data + (long)(i - i % ROWS) * width, width);
+                    multiply<true>(i % ROWS + 1, width / 16, even / ELEMENTS, (const term*)dlogits.data,
+                                   WORDS_BACK / ELEMENTS, 1, panel.data, width, 16,
+                                   sums.data + (long)(i - i % ROWS) * width, width);
             }
         }
 #pragma omp barrier

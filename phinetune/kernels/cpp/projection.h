@@ -115,8 +115,7 @@ struct Forward {
             for (int i = 0; i < 16; i++)
                 for (int k = 0; k < p.inputs; k += 16)
                     store(rows.data + (long)i * p.inputs + k,
-                          g * 16 + i < p.ranks ? load(p.lora_A + (long)(g * 16 + i) * p.inputs + k)
-                                               : zeros());
+                          g * 16 + i < p.ranks ? load(p.lora_A + (long)(g * 16 + i) * p.inputs + k) : zeros());
             lay_across(rows.data, p.inputs, p.inputs, lora_A.group(g));
         }
     }
@@ -137,8 +136,7 @@ struct Backward {
             const long group = (long)weights.terms * 16;
             if (n < p.outputs) {
                 const bf16* row = p.row(n);
-                for (int k = 0; k < p.inputs; k += 16)
-                    lay_two(row + k, row + p.inputs + k, to + k / 16 * group, 16);
+                for (int k = 0; k < p.inputs; k += 16) lay_two(row + k, row + p.inputs + k, to + k / 16 * group, 16);
             } else {
                 const int r = n - p.outputs;
                 const float* a = p.lora_A + (long)r * p.inputs;
@@ -191,7 +189,8 @@ void add_gradient(int rows, const term* thin_terms, long ranks_padded, int ranks
     for (int c = 0; c < columns; c += COLUMNS) {
         const int width = std::min(COLUMNS, columns - c);
         lay_along(x + c, x_row, rows, width, working);
-        multiply<true>(ranks, width / 16, rows / ELEMENTS, thin_terms, 1, ranks_padded, working, width, 16, sums + c, columns);
+        multiply<true>(ranks, width / 16, rows / ELEMENTS, thin_terms, 1, ranks_padded, working, width, 16, sums + c,
+                       columns);
     }
 }
 
@@ -213,8 +212,8 @@ const element* dropped(const Projection& p, int token, int rows, const element* 
 }
 
 // thin = drop(x) Aᵀ, behind x in its rows and into `thin` (T, R).
-void make_thin(const Projection& p, const Forward& laid, int token, int rows, element* x, long x_row,
-               element* copy, bf16* thin, float* sums) {
+void make_thin(const Projection& p, const Forward& laid, int token, int rows, element* x, long x_row, element* copy,
+               bf16* thin, float* sums) {
     const int padded = p.padded();
     long a_row;
     const element* a = dropped(p, token, rows, x, x_row, copy, &a_row);
@@ -281,9 +280,7 @@ void finish(const Projection& p, const std::vector<FactorSums*>& sums, float* dA
     for (long k = 0; k < a_size; k += 16) {
         Floats sum = zeros();
         for (FactorSums* one : sums)
-            if (one)
-                sum =
-                    sum + load(one->A.data + k);  // there may be fewer threads than asked for
+            if (one) sum = sum + load(one->A.data + k);  // there may be fewer threads than asked for
         store(dA + k, sum);
     }
     for (int i = 0; i < p.block_count; i++) {
