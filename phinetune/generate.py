@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,18 +107,26 @@ def _own_head(model: Any) -> Iterator[None]:
     multiplies row by row on a CPU, with a copy of the head's weight for each (52 prompts of SmolLM2: 2.9 GB and 5 s;
     torch 2.13)."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if head is None:
         yield
         return
+    replaced = vars(head).get("forward")  # accelerate's, say
+    is_plain = type(head) is nn.Linear and replaced is None
+    forward = head.forward
 
-    def forward(x: Tensor) -> Tensor:
-        return linear(x.reshape(-1, x.shape[-1]).contiguous(), head.weight, head.bias).view(*x.shape[:-1], -1)
+    def of_rows_together(x: Tensor, *more: Any) -> Tensor:
+        x = x.contiguous()
+        if not is_plain:
+            return cast(Tensor, forward(x, *more))
+        return linear(x.flatten(0, -2), head.weight, head.bias).unflatten(0, x.shape[:-1])
 
-    head.forward = forward  # type: ignore[method-assign, assignment]
+    head.forward = of_rows_together
     try:
         yield
     finally:
         del head.forward
+        if replaced is not None:
+            head.forward = replaced
 
 
 def _shared_prefix(prompts: Sequence[list[int]]) -> int:

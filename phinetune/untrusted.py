@@ -6,6 +6,7 @@ refused unread.  safetensors, JSON and GGUF hold numbers and text only.  Chat te
 sandbox; patterns can take forever; both get an end (`bounded`).
 """
 
+import gc
 import json
 import os
 import signal
@@ -93,8 +94,9 @@ def plain_name(name: object) -> bool:
 def bounded(seconds: float, memory: int) -> Iterator[None]:
     """Ends a block that takes more than `seconds` of computing, or `memory` bytes more than there are.
 
-    The time is the processor's, so a busy machine changes nothing.  In the main thread only, since signals come there,
-    and where the system has such limits.
+    The time is the processor's, so a busy machine changes nothing, and without the garbage collection of all that the
+    process has, which can take as long.  In the main thread only, since signals come there, and where the system has
+    such limits.
 
     Raises:
         TimeoutError, MemoryError: from within the block.
@@ -103,6 +105,8 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
         yield
         return
     with _address_space(memory):
+        collects = gc.isenabled()
+        gc.disable()
         before = signal.signal(signal.SIGPROF, _time_is_up)
         signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)
         try:
@@ -110,6 +114,8 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, before)
+            if collects:
+                gc.enable()
 
 
 def _time_is_up(number: int, frame: object) -> None:

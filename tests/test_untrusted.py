@@ -1,5 +1,7 @@
 """Files from strangers: read as data, inside their folder, with an end. The scoreboard has the whole attacks."""
 
+import contextlib
+import gc
 import json
 import os
 import re
@@ -37,6 +39,15 @@ def test_a_block_ends(work, error):
     assert time.perf_counter() - begin < 5
     assert len(bytearray(1 << 29)) == 1 << 29, "behind it the limits are gone"
     time.sleep(0.001)
+
+
+def test_garbage_of_the_process_takes_none_of_its_time():
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), bounded(1.0, 1 << 28):
+            assert not gc.isenabled()
+            if error:
+                raise error
+        assert gc.isenabled()
 
 
 def test_a_block_in_another_thread_runs_without_an_end():

@@ -22,7 +22,8 @@ def test_one_json_object_with_rates_and_the_share_training_reaches():
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["gflops"]) == {"float32", "bfloat16", "int8"}
     assert all(rate > 1 for rate in found["gflops"].values())
-    assert found["kernels"] == {name: native.library(name) is not None for name in ("attention", "decoder", "loss")}
+    assert found["kernels"] == {name: native.library(name) is not None for name in native.KERNELS}
+    assert found["kernels_in"] in (*native.INSTRUCTIONS, None)
     training = found["training"]
     assert 0.1 < training["share_of_rate"] < 1.2
     assert training["gflops"] / training["gflops_of_its_products"] == pytest.approx(training["share_of_rate"], abs=0.01)
