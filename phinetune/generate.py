@@ -118,7 +118,8 @@ def _own_head(model: Any) -> Iterator[None]:
         x = x.contiguous()
         if not is_plain:
             return cast(Tensor, forward(x, *more))
-        return linear(x.flatten(0, -2), head.weight, head.bias).unflatten(0, x.shape[:-1])
+        y: Tensor = linear(x.flatten(0, -2), head.weight, head.bias)
+        return y.view(*x.shape[:-1], -1)
 
     head.forward = of_rows_together
     try:
