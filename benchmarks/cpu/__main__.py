@@ -57,7 +57,7 @@ def base_job(asked: argparse.Namespace) -> dict[str, Any]:
     default_pack = DataConfig(train="any").max_batch_tokens
     return {
         "model": str(smollm2_folder()), "dtype": "bfloat16", "r": 16, "lora_alpha": 32, "learning_rate": 2e-4,
-        "seed": 0, "rows_a_step": asked.rows_a_step, "batch_rows": 8,
+        "seed": 0, "rows_a_step": asked.rows_a_step, "batch_rows": 8, "peers_dtype": asked.peers_dtype,
         "pack_tokens": asked.pack_tokens or default_pack, "warmup_steps": 1, "passes": asked.passes,
     }  # fmt: skip
 
@@ -284,13 +284,13 @@ def machine() -> dict[str, Any]:
     return facts
 
 
-def merge(found: dict[str, Any]) -> None:
-    """Adds a section's keys to cpu.json; what is a mapping there is added to, not replaced."""
-    held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+def merge(found: dict[str, Any], results: Path) -> None:
+    """Adds a section's keys to those results; what is a mapping there is added to, not replaced."""
+    held = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     for key in ("spread", "versions"):
         found[key] = {**held.get(key, {}), **found.get(key, {})}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**held, **found}, indent=2) + "\n", encoding="utf-8")
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps({**held, **found}, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -303,6 +303,8 @@ def main() -> None:
     parser.add_argument("--pilot-rows", type=int, default=32)
     parser.add_argument("--default-rows", type=int, default=24, help="of TRL's defaults, which are slow")
     parser.add_argument("--peers", nargs="+", help="variants to try, by name (such as 'TRL, packed'); all by default")
+    parser.add_argument("--peers-dtype", default="bfloat16", help="float32 where torch is slow in bfloat16: no AVX-512")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="another file, which no table is written of")
     parser.add_argument("--pack-tokens", type=int, help="ours and TRL's packs; phinetune's default where not given")
     parser.add_argument("--gate-steps", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
@@ -322,8 +324,9 @@ def main() -> None:
             print(f"-- {name}", flush=True)
             found = SECTIONS[name](job, asked)
             found["versions"] = job_io.versions("phinetune", "torch", "transformers") | found.pop("peer_versions", {})
-            merge({**found, "machine": machine()})
-    table_section.write(RESULTS)
+            merge({**found, "machine": machine()}, asked.results)
+    if asked.results == RESULTS:
+        table_section.write(RESULTS)
 
 
 if __name__ == "__main__":

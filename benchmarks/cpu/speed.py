@@ -43,6 +43,7 @@ def contenders(job: dict[str, Any], rows: Rows, default_rows: int, checkpoint: s
 
     def trl(settings: dict[str, Any]) -> Contender:
         own = {"loss": "trl", "attention": "sdpa", "batch_rows": batch, **settings, "default": False}
+        own |= {"dtype": job["peers_dtype"], "autocast": own["autocast"] and job["peers_dtype"] == "bfloat16"}
         if own["layout"] == "packed":  # as many packs a step as hold about its rows
             tokens = sum(map(len, rows.grouped)) / len(rows.grouped) * a_step
             own["accumulation"] = max(1, round(tokens / job["pack_tokens"]))
@@ -52,6 +53,7 @@ def contenders(job: dict[str, Any], rows: Rows, default_rows: int, checkpoint: s
 
     def litgpt(batch_rows: int) -> Contender:
         own = {"what": "train", "checkpoint": checkpoint, "batch_rows": batch_rows, "rows": rows.grouped}
+        own |= {"dtype": job["peers_dtype"]}
         return lambda: job_io.ask(LITGPT, "child_litgpt.py", {**job, **own})
 
     default = {"default": True, "loss": "trl", "rows": rows.some(default_rows)}

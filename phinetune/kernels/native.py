@@ -62,7 +62,7 @@ def call(name: str, function: str, *arguments: Any) -> None:
     """A function of a library that is there: tensors go by their address, None as null, the rest as it is.
 
     Raises:
-        MemoryError: if the system refused it memory; what it wrote is as it should be.
+        MemoryError: if the system refused it memory: then it computed nothing.
     """
     found = library(name)
     assert found is not None, f"{name} isn't compiled"

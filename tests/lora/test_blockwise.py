@@ -1,5 +1,8 @@
 """The C++ parts of a decoder layer against the same in float64 by torch's own functions and autograd."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,3 +196,35 @@ def test_what_it_is_not_for():
     assert not blockwise.serves(x, layer._replace(weights=(layer.weights[0].T.contiguous().T,)))
     across = Block(slice(8, 24), slice(0, 4), slice(0, 64), 1.0)  # over two groups of columns, in parts
     assert not blockwise.serves(x, layer._replace(factors=layer.factors._replace(blocks=(across,))))
+
+
+REFUSED = """
+import resource
+from pathlib import Path
+import torch
+from phinetune.lora import blockwise, decoder
+from phinetune.lora.functional import Projection, side_by_side
+
+gate, up, down = (Projection(((torch.randn(n, k) / 99).bfloat16(),), (None,), None, 0.0)
+                  for n, k in ((2048, 768), (2048, 768), (768, 2048)))
+x, weight = torch.randn(8, 768).bfloat16(), torch.ones(768).bfloat16()
+both = side_by_side([gate, up])
+assert blockwise.serves(x, both, down)
+wanted = decoder.norm_gated_mlp(x[:1], weight, 1e-5, both, down)  # threads have their stacks
+used = 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
+for _ in range(3):  # what is laid out needs 9 MB and more
+    resource.setrlimit(resource.RLIMIT_DATA, (used, resource.RLIM_INFINITY))
+    try:
+        decoder.norm_gated_mlp(x, weight, 1e-5, both, down)
+        raise SystemExit("it was not refused")
+    except MemoryError as error:
+        assert "mlp_forward" in str(error)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert torch.equal(decoder.norm_gated_mlp(x, weight, 1e-5, both, down)[:1], wanted)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's")
+def test_refused_memory_is_an_error_and_nothing_else():
+    ran = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

@@ -218,54 +218,56 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
         Scratch<float> scores(QUERIES * KEYS), sums(QUERIES * width);
         Scratch<element> weights(QUERIES * KEYS), q(QUERIES * width);
         float top[QUERIES], total[QUERIES];
+        if (all_have_memory()) {
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int head = 0; head < line.kv_heads; head++)
-            for (int s = 0; s < line.segment_count; s++)
-                pack_segment(line, line.segments[s], head,
-                             {k_all.data + head * of_head, nullptr, nullptr, v_all.data + head * of_head});
+            for (int head = 0; head < line.kv_heads; head++)
+                for (int s = 0; s < line.segment_count; s++)
+                    pack_segment(line, line.segments[s], head,
+                                 {k_all.data + head * of_head, nullptr, nullptr, v_all.data + head * of_head});
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int head = 0; head < line.heads; head++)
-            for (int t = 0; t < task_count; t++) {
-                const Task& task = tasks[task_count - 1 - t];
-                const Segment& segment = line.segments[task.segment];
-                const int count = task.end - task.begin, kv_head = head / (line.heads / line.kv_heads);
-                const term *k = k_all.data + kv_head * of_head, *v = v_all.data + kv_head * of_head;
-                for (int i = 0; i < count; i++) {
-                    read_rotated(line, segment.start + task.begin + i, head, q.data + i * width);
-                    top[i] = NOTHING;
-                    total[i] = 0;
-                }
-                std::memset(sums.data, 0, sizeof(float) * count * width);
-                const Floats scale = spread(line.scaling * LOG2_E);
-                for_key_blocks(line, segment, task.begin, task.end, [&](const Sight& sight, int key_index) {
-                    multiply<false>(count, sight.count / 16, terms, (const term*)q.data, terms, 1,
-                                    k + (long)sight.packed * terms, 16, (long)terms * 16, scores.data, KEYS);
+            for (int head = 0; head < line.heads; head++)
+                for (int t = 0; t < task_count; t++) {
+                    const Task& task = tasks[task_count - 1 - t];
+                    const Segment& segment = line.segments[task.segment];
+                    const int count = task.end - task.begin, kv_head = head / (line.heads / line.kv_heads);
+                    const term *k = k_all.data + kv_head * of_head, *v = v_all.data + kv_head * of_head;
                     for (int i = 0; i < count; i++) {
-                        int from, to;
-                        seen(sight, key_index, task.begin + i, segment.position + task.begin + i, line.window, &from,
-                             &to);
-                        const float before = top[i];
-                        const auto soften = from == 0 && to >= sight.count ? softmax_row<true> : softmax_row<false>;
-                        soften(scores.data + i * KEYS, sight.count, from, to, scale, top + i, total + i,
-                               weights.data + i * KEYS);
-                        if (top[i] == before) continue;
-                        const Floats less = spread(std::exp2(before - top[i]));
-                        for (int d = 0; d < width; d += 16) {
-                            float* at = sums.data + i * width + d;
-                            store(at, load(at) * less);
-                        }
+                        read_rotated(line, segment.start + task.begin + i, head, q.data + i * width);
+                        top[i] = NOTHING;
+                        total[i] = 0;
                     }
-                    multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)weights.data, KEYS / ELEMENTS,
-                                   1, v + (long)sight.packed * terms, width, 16, sums.data, width);
-                });
-                for (int i = 0; i < count; i++) {
-                    const int token = segment.start + task.begin + i;
-                    bf16* to = out + ((long)token * line.heads + head) * width;
-                    const Floats factor = spread(1 / total[i]);
-                    for (int d = 0; d < width; d += 16) store(to + d, load(sums.data + i * width + d) * factor);
-                    lse[(long)head * line.tokens + token] = top[i] + std::log2(total[i]);
+                    std::memset(sums.data, 0, sizeof(float) * count * width);
+                    const Floats scale = spread(line.scaling * LOG2_E);
+                    for_key_blocks(line, segment, task.begin, task.end, [&](const Sight& sight, int key_index) {
+                        multiply<false>(count, sight.count / 16, terms, (const term*)q.data, terms, 1,
+                                        k + (long)sight.packed * terms, 16, (long)terms * 16, scores.data, KEYS);
+                        for (int i = 0; i < count; i++) {
+                            int from, to;
+                            seen(sight, key_index, task.begin + i, segment.position + task.begin + i, line.window,
+                                 &from, &to);
+                            const float before = top[i];
+                            const auto soften = from == 0 && to >= sight.count ? softmax_row<true> : softmax_row<false>;
+                            soften(scores.data + i * KEYS, sight.count, from, to, scale, top + i, total + i,
+                                   weights.data + i * KEYS);
+                            if (top[i] == before) continue;
+                            const Floats less = spread(std::exp2(before - top[i]));
+                            for (int d = 0; d < width; d += 16) {
+                                float* at = sums.data + i * width + d;
+                                store(at, load(at) * less);
+                            }
+                        }
+                        multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)weights.data,
+                                       KEYS / ELEMENTS, 1, v + (long)sight.packed * terms, width, 16, sums.data, width);
+                    });
+                    for (int i = 0; i < count; i++) {
+                        const int token = segment.start + task.begin + i;
+                        bf16* to = out + ((long)token * line.heads + head) * width;
+                        const Floats factor = spread(1 / total[i]);
+                        for (int d = 0; d < width; d += 16) store(to + d, load(sums.data + i * width + d) * factor);
+                        lse[(long)head * line.tokens + token] = top[i] + std::log2(total[i]);
+                    }
                 }
-            }
+        }
     }
 }
 
@@ -291,120 +293,124 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
         Scratch<term> q_along(QUERIES / ELEMENTS * width), dout_along(QUERIES / ELEMENTS * width);
         Scratch<element> q(QUERIES * width), dy(QUERIES * width), dscores_rows(QUERIES * KEYS);
         float delta[QUERIES], log_sum[QUERIES];
+        if (all_have_memory()) {
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int head = 0; head < line.kv_heads; head++)
-            for (int s = 0; s < line.segment_count; s++)
-                pack_segment(line, line.segments[s], head,
-                             {k_across.data + head * of_head, k_along.data + head * of_head,
-                              v_across.data + head * of_head, nullptr});
+            for (int head = 0; head < line.kv_heads; head++)
+                for (int s = 0; s < line.segment_count; s++)
+                    pack_segment(line, line.segments[s], head,
+                                 {k_across.data + head * of_head, k_along.data + head * of_head,
+                                  v_across.data + head * of_head, nullptr});
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int head_part = 0; head_part < line.heads * parts; head_part++)
-            for (int tree = 0; tree < line.trees; tree++) {
-                const int head = head_part / parts;
-                const long of_kv = head / group * of_head;
-                float *dk = dk_all.data + head_part * of_gradients, *dv = dv_all.data + head_part * of_gradients;
-                int block = head_part % parts;
-                for (int s : trees[tree]) {
-                    const Segment& segment = line.segments[s];
-                    const long from = (long)segment.packed * width;
-                    const long size = (long)(segment.end - segment.start + 15) / 16 * 16 * width;
-                    std::memset(dk + from, 0, sizeof(float) * size);
-                    std::memset(dv + from, 0, sizeof(float) * size);
-                }
-                for (int s : trees[tree]) {
-                    const Segment& segment = line.segments[s];
-                    const int length = segment.end - segment.start;
-                    for (int begin = 0; begin < length; begin += QUERIES) {
-                        if (block++ % parts) continue;
-                        const int end = std::min(begin + QUERIES, length), count = end - begin;
-                        const int even = (count + 1) / 2 * 2;
-                        for (int i = 0; i < count; i++) {
-                            const int token = segment.start + begin + i;
-                            read_rotated(line, token, head, q.data + i * width);
-                            const long at = ((long)token * line.heads + head) * width;
-                            Floats along = zeros();
-                            for (int d = 0; d < width; d += 16)
-                                along = fma(load(dout + at + d), load(out + at + d), along);
-                            copy_row(dout + at, width, dy.data + i * width);
-                            delta[i] = sum_of_lanes(along);
-                            log_sum[i] = lse[(long)head * line.tokens + token];
-                        }
-                        if (even > count) {
-                            std::memset(q.data + count * width, 0, sizeof(element) * width);
-                            std::memset(dy.data + count * width, 0, sizeof(element) * width);
-                        }
-                        lay_along(q.data, width, even, width, q_along.data);
-                        lay_along(dy.data, width, even, width, dout_along.data);
-                        std::memset(dq.data, 0, sizeof(float) * count * width);
-                        const Floats scale = spread(line.scaling * LOG2_E), scaling = spread(line.scaling);
-                        for_key_blocks(line, segment, begin, end, [&](const Sight& sight, int key_index) {
-                            const int blocks = sight.count / 16;
-                            multiply<false>(count, blocks, terms, (const term*)q.data, terms, 1,
-                                            k_across.data + of_kv + (long)sight.packed * terms, 16, (long)terms * 16,
-                                            scores.data, KEYS);
-                            multiply<false>(count, blocks, terms, (const term*)dy.data, terms, 1,
-                                            v_across.data + of_kv + (long)sight.packed * terms, 16, (long)terms * 16,
-                                            dscores.data, KEYS);
-                            for (int i = 0; i < even; i += 2) {
-                                Query both[2];
-                                bool all = true;
-                                for (int r = 0; r < 2; r++) {
-                                    const int row = i + r < count ? i + r : i;  // behind the last: nothing is seen
-                                    both[r] = {scores.data + row * KEYS,
-                                               dscores.data + row * KEYS,
-                                               log_sum[row],
-                                               delta[row],
-                                               0,
-                                               0};
-                                    if (i + r < count)
-                                        seen(sight, key_index, begin + row, segment.position + begin + row, line.window,
-                                             &both[r].from, &both[r].to);
-                                    all = all && both[r].from == 0 && both[r].to >= sight.count;
-                                }
-                                (all ? weigh_two<true> : weigh_two<false>)(both, sight.count, scale, scaling,
-                                                                           weights_along.data + i / ELEMENTS * KEYS,
-                                                                           dscores_along.data + i / ELEMENTS * KEYS,
-                                                                           dscores_rows.data + i * KEYS);
+            for (int head_part = 0; head_part < line.heads * parts; head_part++)
+                for (int tree = 0; tree < line.trees; tree++) {
+                    const int head = head_part / parts;
+                    const long of_kv = head / group * of_head;
+                    float *dk = dk_all.data + head_part * of_gradients, *dv = dv_all.data + head_part * of_gradients;
+                    int block = head_part % parts;
+                    for (int s : trees[tree]) {
+                        const Segment& segment = line.segments[s];
+                        const long from = (long)segment.packed * width;
+                        const long size = (long)(segment.end - segment.start + 15) / 16 * 16 * width;
+                        std::memset(dk + from, 0, sizeof(float) * size);
+                        std::memset(dv + from, 0, sizeof(float) * size);
+                    }
+                    for (int s : trees[tree]) {
+                        const Segment& segment = line.segments[s];
+                        const int length = segment.end - segment.start;
+                        for (int begin = 0; begin < length; begin += QUERIES) {
+                            if (block++ % parts) continue;
+                            const int end = std::min(begin + QUERIES, length), count = end - begin;
+                            const int even = (count + 1) / 2 * 2;
+                            for (int i = 0; i < count; i++) {
+                                const int token = segment.start + begin + i;
+                                read_rotated(line, token, head, q.data + i * width);
+                                const long at = ((long)token * line.heads + head) * width;
+                                Floats along = zeros();
+                                for (int d = 0; d < width; d += 16)
+                                    along = fma(load(dout + at + d), load(out + at + d), along);
+                                copy_row(dout + at, width, dy.data + i * width);
+                                delta[i] = sum_of_lanes(along);
+                                log_sum[i] = lse[(long)head * line.tokens + token];
                             }
-                            multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)dscores_rows.data,
-                                           KEYS / ELEMENTS, 1, k_along.data + of_kv + (long)sight.packed * terms, width,
-                                           16, dq.data, width);
-                            const long keys_at = (long)sight.packed * width;
-                            multiply<true>(sight.count, vectors, even / ELEMENTS, dscores_along.data, 1, KEYS,
-                                           q_along.data, width, 16, dk + keys_at, width);
-                            multiply<true>(sight.count, vectors, even / ELEMENTS, weights_along.data, 1, KEYS,
-                                           dout_along.data, width, 16, dv + keys_at, width);
-                        });
-                        for (int i = 0; i < count; i++) {
-                            const int token = segment.start + begin + i;
-                            bf16* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
-                            write_unrotated(line, dq.data + i * width, token, to);
+                            if (even > count) {
+                                std::memset(q.data + count * width, 0, sizeof(element) * width);
+                                std::memset(dy.data + count * width, 0, sizeof(element) * width);
+                            }
+                            lay_along(q.data, width, even, width, q_along.data);
+                            lay_along(dy.data, width, even, width, dout_along.data);
+                            std::memset(dq.data, 0, sizeof(float) * count * width);
+                            const Floats scale = spread(line.scaling * LOG2_E), scaling = spread(line.scaling);
+                            for_key_blocks(line, segment, begin, end, [&](const Sight& sight, int key_index) {
+                                const int blocks = sight.count / 16;
+                                multiply<false>(count, blocks, terms, (const term*)q.data, terms, 1,
+                                                k_across.data + of_kv + (long)sight.packed * terms, 16,
+                                                (long)terms * 16, scores.data, KEYS);
+                                multiply<false>(count, blocks, terms, (const term*)dy.data, terms, 1,
+                                                v_across.data + of_kv + (long)sight.packed * terms, 16,
+                                                (long)terms * 16, dscores.data, KEYS);
+                                for (int i = 0; i < even; i += 2) {
+                                    Query both[2];
+                                    bool all = true;
+                                    for (int r = 0; r < 2; r++) {
+                                        const int row = i + r < count ? i + r : i;  // behind the last: nothing is seen
+                                        both[r] = {scores.data + row * KEYS,
+                                                   dscores.data + row * KEYS,
+                                                   log_sum[row],
+                                                   delta[row],
+                                                   0,
+                                                   0};
+                                        if (i + r < count)
+                                            seen(sight, key_index, begin + row, segment.position + begin + row,
+                                                 line.window, &both[r].from, &both[r].to);
+                                        all = all && both[r].from == 0 && both[r].to >= sight.count;
+                                    }
+                                    (all ? weigh_two<true> : weigh_two<false>)(both, sight.count, scale, scaling,
+                                                                               weights_along.data + i / ELEMENTS * KEYS,
+                                                                               dscores_along.data + i / ELEMENTS * KEYS,
+                                                                               dscores_rows.data + i * KEYS);
+                                }
+                                multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)dscores_rows.data,
+                                               KEYS / ELEMENTS, 1, k_along.data + of_kv + (long)sight.packed * terms,
+                                               width, 16, dq.data, width);
+                                const long keys_at = (long)sight.packed * width;
+                                multiply<true>(sight.count, vectors, even / ELEMENTS, dscores_along.data, 1, KEYS,
+                                               q_along.data, width, 16, dk + keys_at, width);
+                                multiply<true>(sight.count, vectors, even / ELEMENTS, weights_along.data, 1, KEYS,
+                                               dout_along.data, width, 16, dv + keys_at, width);
+                            });
+                            for (int i = 0; i < count; i++) {
+                                const int token = segment.start + begin + i;
+                                bf16* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
+                                write_unrotated(line, dq.data + i * width, token, to);
+                            }
                         }
                     }
                 }
-            }
 #pragma omp for collapse(2) schedule(dynamic)
-        for (int kv_head = 0; kv_head < line.kv_heads; kv_head++)
-            for (int s = 0; s < line.segment_count; s++) {
-                const Segment& segment = line.segments[s];
-                alignas(64) float sum[256];
-                for (int token = segment.start; token < segment.end; token++)
-                    for (int value = 0; value < 2; value++) {
-                        const float* from = (value ? dv_all : dk_all).data + kv_head * group * parts * of_gradients +
-                                            (long)(segment.packed + token - segment.start) * width;
-                        for (int d = 0; d < width; d += 16) {
-                            Floats total = load(from + d);
-                            for (int g = 1; g < group * parts; g++) total = total + load(from + g * of_gradients + d);
-                            store(sum + d, total);
+            for (int kv_head = 0; kv_head < line.kv_heads; kv_head++)
+                for (int s = 0; s < line.segment_count; s++) {
+                    const Segment& segment = line.segments[s];
+                    alignas(64) float sum[256];
+                    for (int token = segment.start; token < segment.end; token++)
+                        for (int value = 0; value < 2; value++) {
+                            const float* from = (value ? dv_all : dk_all).data +
+                                                kv_head * group * parts * of_gradients +
+                                                (long)(segment.packed + token - segment.start) * width;
+                            for (int d = 0; d < width; d += 16) {
+                                Floats total = load(from + d);
+                                for (int g = 1; g < group * parts; g++)
+                                    total = total + load(from + g * of_gradients + d);
+                                store(sum + d, total);
+                            }
+                            const int head = line.heads + kv_head + (value ? line.kv_heads : 0);
+                            bf16* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
+                            if (value)
+                                for (int d = 0; d < width; d += 16) store(to + d, load(sum + d));
+                            else
+                                write_unrotated(line, sum, token, to);
                         }
-                        const int head = line.heads + kv_head + (value ? line.kv_heads : 0);
-                        bf16* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
-                        if (value)
-                            for (int d = 0; d < width; d += 16) store(to + d, load(sum + d));
-                        else
-                            write_unrotated(line, sum, token, to);
-                    }
-            }
+                }
+        }
     }
 }
 }

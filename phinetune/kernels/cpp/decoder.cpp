@@ -77,25 +77,27 @@ void linears_forward(const Projection* p_, int tokens, int threads, const bf16* 
         const long row = p.inputs + p.padded();
         Scratch<element> in((blocks.size + 1) * row), copy((size_t)(p.keep ? blocks.size : 0) * p.inputs);
         Scratch<float> sums((size_t)blocks.size * COLUMNS);
-        laid.lay_out(p);
+        if (all_have_memory()) {
+            laid.lay_out(p);
 #pragma omp for schedule(static)
-        for (int block = 0; block < blocks.count; block++) {
-            const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
-            const bf16* from = x + (long)token * p.inputs;
-            if (norm_weight)
-                norm(from, norm_weight, eps, p.inputs, rows, rstd + token, false, in.data, row);
-            else
-                copy_rows(from, rows, p.inputs, in.data, row);
-            if (p.ranks) make_thin(p, laid, token, rows, in.data, row, copy.data, thin, sums.data);
-            for_columns(rows, in.data, row, laid.weights, 0, p.outputs / 16, sums.data, [&](int n, int vectors) {
-                for (int i = 0; i < rows; i++)
-                    for (int v = 0; v < vectors; v++) {
-                        const long at = (long)(token + i) * p.outputs + n + 16 * v;
-                        Floats sum = with_bias(p, sums.data + i * COLUMNS + 16 * v, n + 16 * v);
-                        if (residual) sum = sum + load(residual + at);
-                        store(y + at, sum);
-                    }
-            });
+            for (int block = 0; block < blocks.count; block++) {
+                const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
+                const bf16* from = x + (long)token * p.inputs;
+                if (norm_weight)
+                    norm(from, norm_weight, eps, p.inputs, rows, rstd + token, false, in.data, row);
+                else
+                    copy_rows(from, rows, p.inputs, in.data, row);
+                if (p.ranks) make_thin(p, laid, token, rows, in.data, row, copy.data, thin, sums.data);
+                for_columns(rows, in.data, row, laid.weights, 0, p.outputs / 16, sums.data, [&](int n, int vectors) {
+                    for (int i = 0; i < rows; i++)
+                        for (int v = 0; v < vectors; v++) {
+                            const long at = (long)(token + i) * p.outputs + n + 16 * v;
+                            Floats sum = with_bias(p, sums.data + i * COLUMNS + 16 * v, n + 16 * v);
+                            if (residual) sum = sum + load(residual + at);
+                            store(y + at, sum);
+                        }
+                });
+            }
         }
     }
 }
@@ -119,30 +121,33 @@ void linears_backward(const Projection* p_, int tokens, int threads, const bf16*
             working((size_t)(blocks.size + 1) / ELEMENTS * COLUMNS);
         FactorSums own(p);
         all[omp_get_thread_num()] = &own;
-        laid.lay_out(p, dx);
+        if (all_have_memory()) {
+            own.begin();
+            laid.lay_out(p, dx);
 #pragma omp for schedule(static)
-        for (int block = 0; block < blocks.count; block++) {
-            const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
-            const bf16* from = x + (long)token * p.inputs;
-            copy_rows(dy + (long)token * p.outputs, rows, p.outputs, out.data, row);
-            if (p.ranks) {
-                copy_rows(from, rows, p.inputs, in.data, p.inputs);
-                if (norm_weight) norm(from, norm_weight, 0, p.inputs, rows, rstd + token, true, in.data, p.inputs);
-                long x_row;
-                const element* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
-                if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
-                own.add(p, laid, token, rows, out.data, row, read, x_row, thin, sums.data, thin_terms.data,
-                        working.data, thin_rows.data);
+            for (int block = 0; block < blocks.count; block++) {
+                const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
+                const bf16* from = x + (long)token * p.inputs;
+                copy_rows(dy + (long)token * p.outputs, rows, p.outputs, out.data, row);
+                if (p.ranks) {
+                    copy_rows(from, rows, p.inputs, in.data, p.inputs);
+                    if (norm_weight) norm(from, norm_weight, 0, p.inputs, rows, rstd + token, true, in.data, p.inputs);
+                    long x_row;
+                    const element* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
+                    if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
+                    own.add(p, laid, token, rows, out.data, row, read, x_row, thin, sums.data, thin_terms.data,
+                            working.data, thin_rows.data);
+                }
+                if (!dx) continue;
+                input_gradient(p, laid, token, rows, out.data, row, dx_sums.data);
+                bf16* to = dx + (long)token * p.inputs;
+                if (norm_weight)
+                    norm_backward(dx_sums.data, from, norm_weight, rstd + token, nullptr, p.inputs, rows, to);
+                else
+                    for (long k = 0; k < (long)rows * p.inputs; k += 16) store(to + k, load(dx_sums.data + k));
             }
-            if (!dx) continue;
-            input_gradient(p, laid, token, rows, out.data, row, dx_sums.data);
-            bf16* to = dx + (long)token * p.inputs;
-            if (norm_weight)
-                norm_backward(dx_sums.data, from, norm_weight, rstd + token, nullptr, p.inputs, rows, to);
-            else
-                for (long k = 0; k < (long)rows * p.inputs; k += 16) store(to + k, load(dx_sums.data + k));
+            finish(p, all, dA, dB);
         }
-        finish(p, all, dA, dB);
     }
 }
 
@@ -160,39 +165,41 @@ void mlp_forward(const Projection* gate_up_, const Projection* down_, int tokens
         Scratch<element> in((blocks.size + 1) * row), act((blocks.size + 1) * act_row);
         Scratch<element> copy((size_t)blocks.size * std::max(p.keep ? p.inputs : 0, q.keep ? width : 0));
         Scratch<float> gates((size_t)blocks.size * COLUMNS), ups((size_t)blocks.size * COLUMNS);
-        laid.lay_out(p);
-        laid_down.lay_out(q);
+        if (all_have_memory()) {
+            laid.lay_out(p);
+            laid_down.lay_out(q);
 #pragma omp for schedule(static)
-        for (int block = 0; block < blocks.count; block++) {
-            const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
-            const bf16* from = x + (long)token * p.inputs;
-            norm(from, norm_weight, eps, p.inputs, rows, rstd + token, false, in.data, row);
-            if (p.ranks) make_thin(p, laid, token, rows, in.data, row, copy.data, thin, gates.data);
-            for (int g = 0; g < width / 16; g += COLUMNS / 16) {
-                const int count = std::min(COLUMNS / 16, width / 16 - g);
-                for_columns(rows, in.data, row, laid.weights, g, count, gates.data, [](int, int) {});
-                for_columns(rows, in.data, row, laid.weights, width / 16 + g, count, ups.data, [](int, int) {});
-                for (int i = 0; i < rows; i++)
-                    for (int v = 0; v < count; v++) {
-                        const int n = (g + v) * 16, at = i * COLUMNS + 16 * v;
-                        bf16* to = gate_up_kept + (long)(token + i) * 2 * width + n;
-                        store(to, with_bias(p, gates.data + at, n));
-                        store(to + width, with_bias(p, ups.data + at, width + n));
-                        const Floats gate = load(to), up = load(to + width);
-                        const Floats silu = gate * sigmoid(gate);
-                        store(act.data + i * act_row + n, through_bf16(silu) * up);
-                    }
+            for (int block = 0; block < blocks.count; block++) {
+                const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
+                const bf16* from = x + (long)token * p.inputs;
+                norm(from, norm_weight, eps, p.inputs, rows, rstd + token, false, in.data, row);
+                if (p.ranks) make_thin(p, laid, token, rows, in.data, row, copy.data, thin, gates.data);
+                for (int g = 0; g < width / 16; g += COLUMNS / 16) {
+                    const int count = std::min(COLUMNS / 16, width / 16 - g);
+                    for_columns(rows, in.data, row, laid.weights, g, count, gates.data, [](int, int) {});
+                    for_columns(rows, in.data, row, laid.weights, width / 16 + g, count, ups.data, [](int, int) {});
+                    for (int i = 0; i < rows; i++)
+                        for (int v = 0; v < count; v++) {
+                            const int n = (g + v) * 16, at = i * COLUMNS + 16 * v;
+                            bf16* to = gate_up_kept + (long)(token + i) * 2 * width + n;
+                            store(to, with_bias(p, gates.data + at, n));
+                            store(to + width, with_bias(p, ups.data + at, width + n));
+                            const Floats gate = load(to), up = load(to + width);
+                            const Floats silu = gate * sigmoid(gate);
+                            store(act.data + i * act_row + n, through_bf16(silu) * up);
+                        }
+                }
+                if (q.ranks) make_thin(q, laid_down, token, rows, act.data, act_row, copy.data, thin_down, gates.data);
+                for_columns(rows, act.data, act_row, laid_down.weights, 0, q.outputs / 16, gates.data,
+                            [&](int n, int vectors) {
+                                for (int i = 0; i < rows; i++)
+                                    for (int v = 0; v < vectors; v++) {
+                                        const long at = (long)(token + i) * q.outputs + n + 16 * v;
+                                        const Floats sum = with_bias(q, gates.data + i * COLUMNS + 16 * v, n + 16 * v);
+                                        store(y + at, sum + load(x + at));
+                                    }
+                            });
             }
-            if (q.ranks) make_thin(q, laid_down, token, rows, act.data, act_row, copy.data, thin_down, gates.data);
-            for_columns(rows, act.data, act_row, laid_down.weights, 0, q.outputs / 16, gates.data,
-                        [&](int n, int vectors) {
-                            for (int i = 0; i < rows; i++)
-                                for (int v = 0; v < vectors; v++) {
-                                    const long at = (long)(token + i) * q.outputs + n + 16 * v;
-                                    const Floats sum = with_bias(q, gates.data + i * COLUMNS + 16 * v, n + 16 * v);
-                                    store(y + at, sum + load(x + at));
-                                }
-                        });
         }
     }
 }
@@ -218,56 +225,60 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
         FactorSums own(p), own_down(q);
         all[omp_get_thread_num()] = &own;
         all_down[omp_get_thread_num()] = &own_down;
-        laid_down.lay_out(q, true);
-        laid.lay_out(p, dx);
+        if (all_have_memory()) {
+            own.begin();
+            own_down.begin();
+            laid_down.lay_out(q, true);
+            laid.lay_out(p, dx);
 #pragma omp for schedule(static)
-        for (int block = 0; block < blocks.count; block++) {
-            const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
-            const bf16 *from = x + (long)token * p.inputs, *from_dy = dy + (long)token * q.outputs;
-            copy_rows(from_dy, rows, q.outputs, out.data, down_row);
-            for (int i = 0; i < rows; i++)  // what `down` read
-                for (int n = 0; n < width; n += 16) {
-                    const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
-                    const Floats gate = load(at);
-                    const Floats silu = gate * sigmoid(gate);
-                    store(act.data + (long)i * width + n, through_bf16(silu) * load(at + width));
+            for (int block = 0; block < blocks.count; block++) {
+                const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
+                const bf16 *from = x + (long)token * p.inputs, *from_dy = dy + (long)token * q.outputs;
+                copy_rows(from_dy, rows, q.outputs, out.data, down_row);
+                for (int i = 0; i < rows; i++)  // what `down` read
+                    for (int n = 0; n < width; n += 16) {
+                        const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
+                        const Floats gate = load(at);
+                        const Floats silu = gate * sigmoid(gate);
+                        store(act.data + (long)i * width + n, through_bf16(silu) * load(at + width));
+                    }
+                std::memset(act.data + (long)rows * width, 0, sizeof(element) * width);
+                if (q.ranks) {
+                    long x_row;
+                    const element* read = dropped(q, token, rows, act.data, width, copy.data, &x_row);
+                    if (q.keep) std::memset(copy.data + (long)rows * width, 0, sizeof(element) * width);
+                    own_down.add(q, laid_down, token, rows, out.data, down_row, read, x_row, thin_down, sums.data,
+                                 thin_terms.data, working.data, thin_rows.data);
                 }
-            std::memset(act.data + (long)rows * width, 0, sizeof(element) * width);
-            if (q.ranks) {
-                long x_row;
-                const element* read = dropped(q, token, rows, act.data, width, copy.data, &x_row);
-                if (q.keep) std::memset(copy.data + (long)rows * width, 0, sizeof(element) * width);
-                own_down.add(q, laid_down, token, rows, out.data, down_row, read, x_row, thin_down, sums.data,
-                             thin_terms.data, working.data, thin_rows.data);
-            }
-            input_gradient(q, laid_down, token, rows, out.data, down_row, dact.data);
-            for (int i = 0; i < rows; i++)
-                for (int n = 0; n < width; n += 16) {
-                    const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
-                    const Floats gate = load(at), up = load(at + width), d = load(dact.data + (long)i * width + n);
-                    const Floats share = sigmoid(gate), silu = gate * share;
-                    const Floats slope = fma(silu, spread(1) - share, share);
-                    element* to = both.data + i * row + n;
-                    store(to, d * up * slope);
-                    store(to + width, d * silu);
+                input_gradient(q, laid_down, token, rows, out.data, down_row, dact.data);
+                for (int i = 0; i < rows; i++)
+                    for (int n = 0; n < width; n += 16) {
+                        const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
+                        const Floats gate = load(at), up = load(at + width), d = load(dact.data + (long)i * width + n);
+                        const Floats share = sigmoid(gate), silu = gate * share;
+                        const Floats slope = fma(silu, spread(1) - share, share);
+                        element* to = both.data + i * row + n;
+                        store(to, d * up * slope);
+                        store(to + width, d * silu);
+                    }
+                std::memset(both.data + rows * row, 0, sizeof(element) * p.outputs);
+                if (p.ranks) {
+                    norm(from, norm_weight, 0, p.inputs, rows, rstd + token, true, in.data, p.inputs);
+                    std::memset(in.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
+                    long x_row;
+                    const element* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
+                    if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
+                    own.add(p, laid, token, rows, both.data, row, read, x_row, thin, sums.data, thin_terms.data,
+                            working.data, thin_rows.data);
                 }
-            std::memset(both.data + rows * row, 0, sizeof(element) * p.outputs);
-            if (p.ranks) {
-                norm(from, norm_weight, 0, p.inputs, rows, rstd + token, true, in.data, p.inputs);
-                std::memset(in.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
-                long x_row;
-                const element* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
-                if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
-                own.add(p, laid, token, rows, both.data, row, read, x_row, thin, sums.data, thin_terms.data,
-                        working.data, thin_rows.data);
+                if (!dx) continue;
+                input_gradient(p, laid, token, rows, both.data, row, dx_sums.data);
+                norm_backward(dx_sums.data, from, norm_weight, rstd + token, from_dy, p.inputs, rows,
+                              dx + (long)token * p.inputs);
             }
-            if (!dx) continue;
-            input_gradient(p, laid, token, rows, both.data, row, dx_sums.data);
-            norm_backward(dx_sums.data, from, norm_weight, rstd + token, from_dy, p.inputs, rows,
-                          dx + (long)token * p.inputs);
+            finish(p, all, dA, dB);
+            finish(q, all_down, dA_down, dB_down);
         }
-        finish(p, all, dA, dB);
-        finish(q, all_down, dA_down, dB_down);
     }
 }
 }

@@ -121,16 +121,18 @@ void product(const Product* p_, int threads) {
         Scratch<bf16> edge(few ? 0 : (size_t)INNER * 16);
         Scratch<element> block(few ? 0 : (size_t)std::min(rows, MOST_ROWS) * INNER);
         Scratch<float> sums(few ? 0 : (size_t)rows * COLUMNS);
+        if (all_have_memory()) {
 #pragma omp for collapse(2) schedule(static)
-        for (int n = 0; n < panels; n++)
-            for (int part = 0; part < (few ? 1 : parts); part++) {
-                const int column = n * width, columns = std::min(width, p.columns - column);
-                const int from = part * rows, until = std::min(p.rows, from + rows);
-                if (few)
-                    few_rows(p, column, columns);
-                else if (from < until)
-                    panel(p, from, until, column, columns, laid.data, edge.data, block.data, sums.data);
-            }
+            for (int n = 0; n < panels; n++)
+                for (int part = 0; part < (few ? 1 : parts); part++) {
+                    const int column = n * width, columns = std::min(width, p.columns - column);
+                    const int from = part * rows, until = std::min(p.rows, from + rows);
+                    if (few)
+                        few_rows(p, column, columns);
+                    else if (from < until)
+                        panel(p, from, until, column, columns, laid.data, edge.data, block.data, sums.data);
+                }
+        }
     }
 }
 }

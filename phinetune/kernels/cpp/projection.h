@@ -81,9 +81,11 @@ struct Blocks {
 struct Forward {
     Groups weights;  // K + R elements of each column of y
     Groups lora_A;   // K elements of each column of thin
+    Scratch<element> rows_of_A;
     explicit Forward(const Projection& p)
         : weights(p.outputs / 16, (p.inputs + p.padded()) / ELEMENTS, p.inputs / ELEMENTS),
-          lora_A(p.padded() / 16, p.inputs / ELEMENTS, p.inputs / ELEMENTS) {}
+          lora_A(p.padded() / 16, p.inputs / ELEMENTS, p.inputs / ELEMENTS),
+          rows_of_A((size_t)p.padded() * p.inputs) {}
 
     void lay_out(const Projection& p) {
         const int padded = p.padded();
@@ -111,12 +113,12 @@ struct Forward {
         }
 #pragma omp for schedule(static)
         for (int g = 0; g < padded / 16; g++) {
-            Scratch<element> rows((size_t)16 * p.inputs);
+            element* rows = rows_of_A.data + (long)g * 16 * p.inputs;
             for (int i = 0; i < 16; i++)
                 for (int k = 0; k < p.inputs; k += 16)
-                    store(rows.data + (long)i * p.inputs + k,
+                    store(rows + (long)i * p.inputs + k,
                           g * 16 + i < p.ranks ? load(p.lora_A + (long)(g * 16 + i) * p.inputs + k) : zeros());
-            lay_across(rows.data, p.inputs, p.inputs, lora_A.group(g));
+            lay_across(rows, p.inputs, p.inputs, lora_A.group(g));
         }
     }
 };
@@ -244,8 +246,10 @@ struct FactorSums {
             b_at.push_back(at);
             at += (long)p.blocks[i].rank * p.blocks[i].columns;
         }
-        std::memset(A.data, 0, sizeof(float) * a_size);
-        std::memset(B.data, 0, sizeof(float) * b_size);
+    }
+    void begin() {
+        std::fill_n(A.data, a_size, 0.0f);
+        std::fill_n(B.data, b_size, 0.0f);
     }
 
     // dthin behind dy in its rows, then this block's share of both gradients. `x`: what A reads. Rows behind the last

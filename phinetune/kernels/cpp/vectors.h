@@ -120,39 +120,27 @@ inline void copy_row(const From* from, long width, element* to) {
         for (long d = 0; d < width; d += 16) store(to + d, load(from + d));
 }
 
-// What a kernel has begun, in several threads, it must end. So where the system refuses it memory it works in this,
-// which costs nothing until then, and tells behind the call by `was_refused`.
-class Reserve {
-  public:
-    void* take(size_t bytes) {
-        const size_t from = taken.fetch_add(bytes);
-        if (!all || from + bytes > SIZE) std::abort();
-        return all + from;
-    }
-    bool has(void* data) const { return data >= all && data < all + SIZE; }
-    bool forget() { return taken.exchange(0) > 0; }
-
-  private:
-    static constexpr size_t SIZE = 192 << 20;
-    char* all = (char*)std::aligned_alloc(64, SIZE);
-    std::atomic<size_t> taken{0};
-};
-
-static Reserve reserve;
+// Whether the system refused this call memory.
+static std::atomic<bool> refused{false};
 
 template <class T>
 struct Scratch {
     explicit Scratch(size_t count) {
         const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-        void* got = std::aligned_alloc(64, bytes);
-        data = (T*)(got || !bytes ? got : reserve.take(bytes));
+        data = bytes ? (T*)std::aligned_alloc(64, bytes) : nullptr;
+        if (bytes && !data) refused = true;
     }
     Scratch(const Scratch&) = delete;
-    ~Scratch() {
-        if (!reserve.has(data)) std::free(data);
-    }
+    ~Scratch() { std::free(data); }
     T* data;
 };
+
+// Asked by all threads of a region once each has its scratch memory, and true for all of them or for none: no error can
+// leave a region, so what would run out of memory isn't begun.
+inline bool all_have_memory() {
+#pragma omp barrier
+    return !refused;
+}
 
 // Numbers of a tensor as products read them: where they are, or a copy.
 template <class From>
@@ -163,11 +151,11 @@ struct AsElements {
         if constexpr (std::is_same_v<element, From>) {
             data = from;
         } else {
-            copy_row(from, count, copy.data);
+            if (copy.data) copy_row(from, count, copy.data);
             data = copy.data;
         }
     }
 };
 
-// Whether memory was refused since it was last asked.
-extern "C" __attribute__((used)) inline bool was_refused() { return reserve.forget(); }
+// Whether memory was refused since it was last asked: then nothing was computed.
+extern "C" __attribute__((used)) inline bool was_refused() { return refused.exchange(false); }
