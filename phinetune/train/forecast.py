@@ -37,7 +37,7 @@ from phinetune.train.finetune import largest_batch, make_loop
 from phinetune.train.loop import Loop
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import trainable_parameters
-from phinetune.train.rehearsal import rehearse
+from phinetune.train.rehearsal import longest_rows, rehearse
 from phinetune.train.signals import listening
 
 # Memory (10⁹ bytes) and dense 16-bit products (FLOP a second), by NVIDIA's data sheets.
@@ -60,15 +60,24 @@ class Needs:
     mapped: float
     """Of the weights: read from their file as they are wanted, and not counted in the peak."""
     trained: float
-    peak: float
+    stepping: float
+    """The peak of its steps."""
+    rehearsed: float
+    """What is in use behind its rehearsal, freed memory that is kept among it: answers, a layer merged."""
     checkpoint: float
     seconds: float
 
+    @property
+    def peak(self) -> float:
+        return max(self.stepping, self.rehearsed)
+
     def with_layers(self, here: int, other: "Needs", there: int, layers: int) -> "Needs":
-        """On the line through this, of `here` layers, and `other`, of `there`."""
+        """On the line through this, of `here` layers, and `other`, of `there`; what is rehearsed beside a step grows with
+        the loaded model alone."""
         share = (layers - here) / max(there - here, 1)
         mine, its = asdict(self), asdict(other)
-        return Needs(**{name: mine[name] + (its[name] - mine[name]) * share for name in mine})
+        line = Needs(**{name: mine[name] + (its[name] - mine[name]) * share for name in mine})
+        return replace(line, rehearsed=other.rehearsed + line.loaded - other.loaded)
 
 
 def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
@@ -154,7 +163,7 @@ class _Lines:
     def activations(self, recomputed: int) -> float:
         """Bytes that all layers keep: what grows with their number, without their weights and what trains."""
         needs, none = self.at(recomputed), self.all(bool(recomputed), 0)
-        return (needs.peak - none.peak) - (needs.loaded - none.loaded) - 12 / 4 * (needs.trained - none.trained)
+        return (needs.stepping - none.stepping) - (needs.loaded - none.loaded) - 12 / 4 * (needs.trained - none.trained)
 
 
 def _recomputed(recipe: Recipe, lines: _Lines, limit: float, on_gpu: bool) -> int:
@@ -178,7 +187,7 @@ def _on_gpu(needs: Needs, rate: float, recomputed: float) -> Needs:
     flop = (4 + 2 * recomputed) * needs.weights / 2
     seconds = flop / (rate * SHARE_ON_A_GPU)
     taken = _taken(needs, on_gpu=True)
-    return replace(needs, process=CONTEXT, peak=taken, mapped=0.0, seconds=seconds)
+    return replace(needs, process=CONTEXT, stepping=taken, rehearsed=0.0, mapped=0.0, seconds=seconds)
 
 
 def _parts(needs: Needs, lines: _Lines, recomputed: int) -> dict[str, float]:
@@ -256,7 +265,7 @@ def _in_a_process(recipe: Recipe, layers: int, recomputed: bool) -> Needs:
 
 
 def measure(recipe: Recipe, layers: int) -> Needs:
-    """A run with so many layers, rehearsed and timed, in this process."""
+    """A run with so many layers, timed and rehearsed, in this process."""
     keep_freed_memory()
     settle_threads()
     native.prepare()
@@ -267,9 +276,12 @@ def measure(recipe: Recipe, layers: int) -> Needs:
         loop = make_loop(recipe, tokenizer, data, signals, layers=layers)
         loaded = memory_in_use()
         loop.folder.mkdir(parents=True)
-        rehearse(loop, tokenizer, data)
-        with MemoryPeak() as memory:  # freed memory is kept, so the rehearsal's is in it, but no compiler
+        loop.model.train()
+        loop.update(longest_rows(data.train, loop.max_batch_tokens), learning_rate=0.0)
+        with MemoryPeak() as memory:  # freed memory is kept, so the longest rows' is in it, but no compiler
             seconds = _seconds_a_token(loop, data)
+        rehearse(loop, tokenizer, data)
+        rehearsed = memory_in_use()
     trained = trainable_parameters(loop.model).values()
     trained_bytes: int = sum(p.numel() * p.element_size() for p in trained)
     all_bytes: int = sum(p.nbytes for p in loop.model.parameters())
@@ -279,7 +291,8 @@ def measure(recipe: Recipe, layers: int) -> Needs:
         weights=all_bytes - trained_bytes,
         mapped=mapped_bytes(loop.model),
         trained=trained_bytes,
-        peak=memory.gb * 1e9,
+        stepping=memory.gb * 1e9,
+        rehearsed=rehearsed,
         checkpoint=checkpoint_bytes(loop.model),
         seconds=seconds,
     )

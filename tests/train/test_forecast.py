@@ -73,12 +73,22 @@ def test_the_run_takes_what_was_said(recipe, said):
 
 
 def test_a_line_through_two_measurements():
-    few = Needs(process=1, loaded=2, weights=10, mapped=0, trained=1, peak=5, checkpoint=3, seconds=0.2)
-    more = Needs(process=1, loaded=4, weights=30, mapped=0, trained=3, peak=9, checkpoint=9, seconds=0.6)
+    few = Needs(1, loaded=2, weights=10, mapped=0, trained=1, stepping=5, rehearsed=8, checkpoint=3, seconds=0.2)
+    more = Needs(1, loaded=4, weights=30, mapped=0, trained=3, stepping=9, rehearsed=10, checkpoint=9, seconds=0.6)
     at = few.with_layers(1, more, 3, 11)
     assert at == Needs(
-        process=1, loaded=12, weights=110, mapped=0, trained=11, peak=25, checkpoint=33, seconds=pytest.approx(2.2)
+        1,
+        loaded=12,
+        weights=110,
+        mapped=0,
+        trained=11,
+        stepping=25,
+        rehearsed=18,
+        checkpoint=33,
+        seconds=pytest.approx(2.2),
     )
+    assert at.peak == 25
+    assert more.peak == 10, "a layer that is merged needs more than its steps"
 
 
 def test_devices():
