@@ -72,7 +72,7 @@ class Needs:
         return max(self.stepping, self.rehearsed)
 
     def with_layers(self, here: int, other: "Needs", there: int, layers: int) -> "Needs":
-        """On the line through this, of `here` layers, and `other`, of `there`; what is rehearsed beside a step grows with
+        """On the line through this, of `here` layers, and `other`, of `there`; what is rehearsed beside steps grows with
         the loaded model alone."""
         share = (layers - here) / max(there - here, 1)
         mine, its = asdict(self), asdict(other)
