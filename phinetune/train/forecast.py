@@ -72,8 +72,8 @@ class Needs:
         return max(self.stepping, self.rehearsed)
 
     def with_layers(self, here: int, other: "Needs", there: int, layers: int) -> "Needs":
-        """On the line through this, of `here` layers, and `other`, of `there`; what is rehearsed beside steps grows with
-        the loaded model alone."""
+        """On the line through this, of `here` layers, and `other`, of `there`; what is rehearsed beside steps grows
+        with the loaded model alone."""
         share = (layers - here) / max(there - here, 1)
         mine, its = asdict(self), asdict(other)
         line = Needs(**{name: mine[name] + (its[name] - mine[name]) * share for name in mine})
