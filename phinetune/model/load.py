@@ -145,12 +145,12 @@ def _any_tokenizer(model: str, kwargs: ModelKwargs) -> Any | None:
 
 
 def resolve_dtype(name: str, device: torch.device, model_type: str, warn: bool = True) -> str:
-    """`auto` is bfloat16, but float32 on a CPU that is slower in bfloat16: it multiplies it more slowly, and there are
-    no kernels for the model (`config.model_type`)."""
+    """`auto` is bfloat16, but float32 on a CPU on which torch's bfloat16 products are slower than float32's: there are
+    kernels to train a model of ours in bfloat16 (`config.model_type`), but layers outside them are torch's."""
     asked = name == "auto" or (name == "bfloat16" and warn)
     has_kernels = model_type in FLAT_FAMILIES and native.library("decoder") is not None
-    ratio = bfloat16_speed() if device.type == "cpu" and asked and not has_kernels else 1.0
-    if name == "bfloat16" and ratio < 1:
+    ratio = bfloat16_speed() if device.type == "cpu" and asked else 1.0
+    if name == "bfloat16" and ratio < 1 and not has_kernels:
         log.warning(f"this CPU multiplies bfloat16 at {ratio:.2f} times float32's rate: dtype=float32 is faster here")
     return ("bfloat16" if ratio >= 1 else "float32") if name == "auto" else name
 

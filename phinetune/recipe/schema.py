@@ -84,7 +84,7 @@ class ModelKwargs(Section):
     """How the base model is loaded (names of `from_pretrained`)."""
 
     dtype: Annotated[str, BeforeValidator(str), AfterValidator(_known_dtype)] = "auto"
-    """Of the base weights. `auto`: bfloat16, or float32 on a CPU that is slower in bfloat16."""
+    """Of the base weights. `auto`: bfloat16, or float32 on a CPU on which torch multiplies bfloat16 more slowly."""
     attn_implementation: Annotated[str, AfterValidator(_no_code_from_hub)] = "auto"
     """`auto`: phinetune's packed attention where the model can take it; else as transformers names it."""
     load_in_8bit: bool = False

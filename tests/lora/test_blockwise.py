@@ -205,22 +205,25 @@ import torch
 from phinetune.lora import blockwise, decoder
 from phinetune.lora.functional import Projection, side_by_side
 
-gate, up, down = (Projection(((torch.randn(n, k) / 99).bfloat16(),), (None,), None, 0.0)
-                  for n, k in ((2048, 768), (2048, 768), (768, 2048)))
-x, weight = torch.randn(8, 768).bfloat16(), torch.ones(768).bfloat16()
-both = side_by_side([gate, up])
-assert blockwise.serves(x, both, down)
-wanted = decoder.norm_gated_mlp(x[:1], weight, 1e-5, both, down)  # threads have their stacks
+def layers(width, inner):
+    sizes = (inner, width), (inner, width), (width, inner)
+    gate, up, down = (Projection(((torch.randn(n, k) / 99).bfloat16(),), (None,), None, 0.0) for n, k in sizes)
+    x, weight = torch.randn(8, width).bfloat16(), torch.ones(width).bfloat16()
+    assert blockwise.serves(x, side_by_side([gate, up]), down)
+    return lambda: decoder.norm_gated_mlp(x, weight, 1e-5, side_by_side([gate, up]), down)
+
+small, large = layers(64, 160), layers(768, 2048)
+small()  # threads have their stacks
 used = 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
-for _ in range(3):  # what is laid out needs 9 MB and more
-    resource.setrlimit(resource.RLIMIT_DATA, (used, resource.RLIM_INFINITY))
-    try:
-        decoder.norm_gated_mlp(x, weight, 1e-5, both, down)
-        raise SystemExit("it was not refused")
-    except MemoryError as error:
-        assert "mlp_forward" in str(error)
-    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert torch.equal(decoder.norm_gated_mlp(x, weight, 1e-5, both, down)[:1], wanted)
+resource.setrlimit(resource.RLIMIT_DATA, (used, resource.RLIM_INFINITY))
+try:
+    large()  # what is laid out takes 9 MB and more
+    raise SystemExit("it was not refused")
+except MemoryError as error:
+    assert "mlp_forward" in str(error)
+assert small().isfinite().all()
+resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.equal(large(), large())
 """
 
 
