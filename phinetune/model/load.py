@@ -68,7 +68,7 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     device = device or torch.device("cpu")
     source = _Source.of(model, kwargs)
     config = _config(model, source)
-    dtype = resolve_dtype(kwargs.dtype, device, config.model_type, warn=False)
+    dtype = resolve_dtype(kwargs.dtype, device)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if model.endswith(".gguf"):
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -144,13 +144,16 @@ def _any_tokenizer(model: str, kwargs: ModelKwargs) -> Any | None:
         return None
 
 
-def resolve_dtype(name: str, device: torch.device, model_type: str, warn: bool = True) -> str:
-    """`auto` is bfloat16, but float32 on a CPU on which torch's bfloat16 products are slower than float32's: there are
-    kernels to train a model of ours in bfloat16 (`config.model_type`), but layers outside them are torch's."""
-    asked = name == "auto" or (name == "bfloat16" and warn)
+def resolve_dtype(name: str, device: torch.device, model_type: str | None = None) -> str:
+    """`auto` is bfloat16, but float32 on a CPU on which torch's bfloat16 products are slower than float32's.
+
+    There a named bfloat16 is warned of, where `model_type` (`config.model_type`) says what is trained in it and no
+    kernels are for that.
+    """
     has_kernels = model_type in FLAT_FAMILIES and native.library("decoder") is not None
-    ratio = bfloat16_speed() if device.type == "cpu" and asked else 1.0
-    if name == "bfloat16" and ratio < 1 and not has_kernels:
+    warns = name == "bfloat16" and model_type is not None and not has_kernels
+    ratio = bfloat16_speed() if device.type == "cpu" and (name == "auto" or warns) else 1.0
+    if warns and ratio < 1:
         log.warning(f"this CPU multiplies bfloat16 at {ratio:.2f} times float32's rate: dtype=float32 is faster here")
     return ("bfloat16" if ratio >= 1 else "float32") if name == "auto" else name
 

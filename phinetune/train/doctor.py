@@ -9,7 +9,7 @@ from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.kernels.compiled import can_compile
 from phinetune.kernels.threads import settle_threads
-from phinetune.model import adapt_model, load_config, load_model, load_tokenizer, pick_device, resolve_dtype
+from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype
 from phinetune.recipe import DataConfig, ModelKwargs, PeftConfig, TrainingConfig
 from phinetune.train import machine
 from phinetune.train.memory import MemoryPeak, memory_free
@@ -41,7 +41,7 @@ def examine(training: bool = True) -> dict[str, Any]:
         "compiled_passes": can_compile(),
         "kernels": {name: native.library(name) is not None for name in KERNELS},
         "kernels_in": native.instructions(),
-        "dtype": resolve_dtype("auto", device, load_config("smollm2", ModelKwargs()).model_type),
+        "dtype": resolve_dtype("auto", device),
         "gflops": {name: round(rate / 1e9, 1) for name, rate in rates_by_dtype(device).items()},
     }
     return found | ({"training": _train(device, found["dtype"])} if training else {})

@@ -329,11 +329,11 @@ def _with_dtype(recipe: Recipe, device: torch.device, checkpoint: Path | None) -
     dtype = recipe.model_kwargs.dtype
     if dtype == "auto" and checkpoint is not None:
         dtype = read_state(checkpoint).get("identity", {}).get("model_kwargs.dtype", dtype)
-    model_type = load_config(recipe.model, recipe.model_kwargs).model_type
     if recipe.model_kwargs.dtype != "auto":
+        model_type = load_config(recipe.model, recipe.model_kwargs).model_type
         resolve_dtype(dtype, device, model_type)  # which says where it is slow here
         return recipe
-    return recipe.derived("model_kwargs", "dtype", resolve_dtype(dtype, device, model_type), "this machine, for auto")
+    return recipe.derived("model_kwargs", "dtype", resolve_dtype(dtype, device), "this machine, for auto")
 
 
 def _with_today(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Recipe:

@@ -147,7 +147,7 @@ def test_auto_is_the_dtype_in_which_torch_multiplies_faster(
 ):
     monkeypatch.setattr(load.native, "library", lambda name: object() if kernels else None)
     monkeypatch.setattr(load, "bfloat16_speed", lambda: rate)
-    assert load.resolve_dtype("auto", torch.device("cpu"), model_type) == dtype
-    assert load.resolve_dtype("auto", torch.device("cuda"), model_type) == "bfloat16"
+    assert load.resolve_dtype("auto", torch.device("cpu")) == dtype
+    assert load.resolve_dtype("auto", torch.device("cuda")) == "bfloat16"
     assert load.resolve_dtype("bfloat16", torch.device("cpu"), model_type) == "bfloat16"
     assert ("float32 is faster here" in caplog.text) == warns
