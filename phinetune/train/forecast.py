@@ -46,6 +46,7 @@ GPUS = {
     "a100-40": (40, 312e12), "a100-80": (80, 312e12), "h100": (80, 989e12), "h200": (141, 989e12),
 }  # fmt: skip
 SHARE_ON_A_GPU, CONTEXT = 0.4, 0.6e9  # of that rate, and what CUDA takes for itself; assumed, not measured
+FEW_MEASURED = 2  # layers of the smaller measurement: one is off the line, as its peak is the head's
 MEASURED_BYTES, MOST_MEASURED = 1 << 30, 8  # of the larger measurement, and its layers
 TIMED_STEPS, MOST_PASSES, TIMED_SECONDS = 4, 3, 6.0
 
@@ -140,7 +141,7 @@ class _Lines:
         self.recipe, self.layers = recipe, layers
         layer = 24 * hidden**2  # bytes: some 12 squares of it in 16 bits
         self.more = min(max(MEASURED_BYTES // layer, 3), MOST_MEASURED, layers)
-        self.few = max(self.more // 4, 1)
+        self.few = min(FEW_MEASURED, layers)
         self._measured: dict[bool, tuple[Needs, Needs]] = {}
 
     def ends(self, recomputed: bool) -> tuple[Needs, Needs]:

@@ -59,11 +59,16 @@ struct Range {  // of terms
 // Columns in groups of 16, each (terms, 16); `ranges`: the terms behind the main ones that aren't all zeros.
 struct Groups {
     int terms, main;
-    Scratch<term> data;
+    Lasting memory;
+    term* data;
     std::vector<Range> ranges;
     Groups(int groups, int terms, int main)
-        : terms(terms), main(main), data((size_t)groups * terms * 16), ranges(groups) {}
-    term* group(int n) const { return data.data + (long)n * terms * 16; }
+        : terms(terms),
+          main(main),
+          memory((size_t)groups * terms * 16 * sizeof(term)),
+          data((term*)memory.data()),
+          ranges(groups) {}
+    term* group(int n) const { return data + (long)n * terms * 16; }
 };
 
 // How the rows are cut: each thread as many blocks as another, in whole tiles of rows.
@@ -134,7 +139,7 @@ struct Backward {
         const int padded = p.padded(), all = p.outputs + padded;
 #pragma omp for schedule(static) nowait
         for (int n = 0; n < (need_dx ? all : 0); n += 2) {
-            term* to = weights.data.data + n / ELEMENTS * 16;
+            term* to = weights.data + n / ELEMENTS * 16;
             const long group = (long)weights.terms * 16;
             if (n < p.outputs) {
                 const bf16* row = p.row(n);

@@ -10,9 +10,13 @@
 #include "avx2.h"
 #endif
 
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstdlib>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 constexpr float LOG2_E = 1.44269504f;
 
@@ -133,6 +137,62 @@ struct Scratch {
     Scratch(const Scratch&) = delete;
     ~Scratch() { std::free(data); }
     T* data;
+};
+
+// Memory that stays with the process when it is given back, and serves the next call: pieces of hundreds of megabytes
+// that come and go among activations leave holes in the heap, which rows of other lengths don't fill.
+class Lasting {
+    struct Piece {
+        void* data;
+        size_t bytes;
+    };
+    inline static std::mutex mutex;
+    inline static Piece idle[16];  // of a fixed number: giving back takes no memory
+    Piece piece{};
+
+    // The smallest idle piece of enough bytes, unless it is more than twice as large; null where there is none.
+    static Piece take(size_t bytes) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        Piece* best = nullptr;
+        for (Piece& one : idle)
+            if (one.data && one.bytes >= bytes && one.bytes / 2 <= bytes && (!best || one.bytes < best->bytes))
+                best = &one;
+        return best ? std::exchange(*best, Piece()) : Piece();
+    }
+    static void give_back(Piece piece) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (Piece& one : idle)
+            if (!one.data) return void(one = piece);
+        munmap(piece.data, piece.bytes);
+    }
+    static Piece map(size_t bytes) {
+        void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return {data == MAP_FAILED ? nullptr : data, bytes};
+    }
+    static void release_idle() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (Piece& one : idle) {
+            if (one.data) munmap(one.data, one.bytes);
+            one = Piece();
+        }
+    }
+
+  public:
+    explicit Lasting(size_t bytes) {
+        if (!bytes) return;
+        piece = take(bytes);
+        if (!piece.data) piece = map(bytes);
+        if (!piece.data) {
+            release_idle();
+            piece = map(bytes);
+        }
+        if (!piece.data) refused = true;
+    }
+    Lasting(const Lasting&) = delete;
+    ~Lasting() {
+        if (piece.data) give_back(piece);
+    }
+    void* data() const { return piece.data; }
 };
 
 // Asked by all threads of a region once each has its scratch memory, and true for all of them or for none: no error can
