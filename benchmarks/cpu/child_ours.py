@@ -38,7 +38,7 @@ class Trainee:
     def __init__(self, job: dict[str, Any]) -> None:
         for technique in job.get("without", []):
             leave_out(technique)
-        native.prepare()
+        native.prepare(torch.device("cpu"))
         allocator.keep_freed_memory()  # as `train` does
         settings = ModelKwargs(dtype=job["dtype"], **job.get("model_kwargs", {}))
         peft = PeftConfig(r=job["r"], lora_alpha=job["lora_alpha"], lora_dropout=0.0, target_modules="all-linear")

@@ -67,7 +67,7 @@ def drawn(numbers: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def main() -> None:
     job = job_io.read()
     torch.manual_seed(0)
-    native.prepare()
+    native.prepare(torch.device("cpu"))
     with MemoryPeak() as memory:
         begin = time.perf_counter()
         model = make_model(job["int8"], job.get("layers"))

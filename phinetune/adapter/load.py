@@ -144,7 +144,9 @@ def _misfits(name: str, module: nn.Module, own: Mapping[str, Tensor], config: Ma
     bias, table = own.get(BASE_BIAS), own.get(BASE_WEIGHT)
     if bias is not None and (module._parameters.get("bias") is None or len(bias) != outputs):
         return [f"{name} has a bias of {len(bias)}, which the model's layer has not"]
-    if table is not None and (table.shape != weight.shape or not torch.equal(table, weight.to(table.dtype))):
+    if table is not None and (
+        table.shape != weight.shape or not torch.equal(table, weight.to(table.device, table.dtype))
+    ):
         return [f"{name} brings a table of its own, which isn't the model's"]
     if bool(config.get("use_dora")) != (MAGNITUDE in own):
         return [f"{name} has {'a' if MAGNITUDE in own else 'no'} lora_magnitude_vector against use_dora"]

@@ -19,13 +19,15 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
     cpu, memory, gflops = found["cpu"], found["memory_gb"], found["gflops"]
     made = [words for name, words in KERNELS.items() if found["kernels"][name]]
+    on_gpu = found["gpu_memory_gb"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
     lines = [
         f"versions      {versions}; Python {found['python']}, {found['system']}",
         f"processor     {cpu['name']}, {cpu['cores']} cores; {' '.join(cpu['instructions']) or 'plain instructions'}",
         f"device        {found['device']}; {found['threads']}",
         f"memory        {memory['free']:.1f} GB free of {memory['total']:.1f}; freed memory is "
-        f"{'kept and used again' if found['freed_memory_is_kept'] else 'given back to the system'}",
+        f"{'kept and used again' if found['freed_memory_is_kept'] else 'given back to the system'}"
+        + (f"; on the GPU {on_gpu['free']:.1f} GB free of {on_gpu['total']:.1f}" if on_gpu else ""),
         f"C++ kernels   {', '.join(made) + ', in ' + found['kernels_in'] if made else _why_no_kernels(found)}",
         f"products      {', '.join(f'{name} {rate:,.0f}' for name, rate in gflops.items())} G(FL)OP/s; "
         f"dtype auto is {found['dtype']}",

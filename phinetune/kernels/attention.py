@@ -15,12 +15,13 @@ A segment of the line may continue another: examples that begin alike hold their
                               b [ 1 1 . . 1 . ]
                               b [ 1 1 . . 1 1 ]
 
-The square is never built.  There are three ways: in bfloat16 on a CPU that multiplies it, a C++ kernel (flash.py).  On
-other CPUs and in full precision, plain products: each segment is cut into blocks of queries, and blocks of about the
-same size are computed together: their queries and keys are gathered from the line, their scores are one batched
-product, their softmax one pass (packs.py says which block goes where).  At 64 to 1,024 tokens these products are two to
-five times as fast as torch's flash kernel, and ours two to three times as fast as they (Zen 5; docs/log.md).  Elsewhere
-each segment is a call of torch's own attention.
+The square is never built.  There are several ways: in bfloat16 on a CPU with the instructions for it, a C++ kernel
+(flash.py).  On other CPUs and in full precision, plain products: each segment is cut into blocks of queries, and blocks
+of about the same size are computed together: their queries and keys are gathered from the line, their scores are one
+batched product, their softmax one pass (packs.py says which block goes where).  At 64 to 1,024 tokens these products
+are two to five times as fast as torch's flash kernel, and ours two to three times as fast as they (Zen 5; docs/log.md).
+On a GPU, in half precision, torch's variable-length flash attention (varlen.py); else a call of torch's own attention
+for each segment.
 
 Shape suffixes: T tokens of the line, H query heads, K key-value heads, J = H + 2K heads of q, k and v side by side,
 D head width; of a group of blocks: N blocks, G query heads a key-value head (H = K·G), Q queries and S keys of a block.
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phinetune.kernels import flash
+from phinetune.kernels import flash, varlen
 from phinetune.kernels.compiled import compiled
 from phinetune.kernels.packs import Group, Pack, Path, pack_of
 from phinetune.kernels.rotary import rotate, rotate_backward
@@ -87,7 +88,7 @@ def rotary_attention(
     if qkv_TN.device.type == "cpu":
         out_THD = _on_cpu(qkv_TJD, cos_TR, sin_TR, kv_heads, paths, scaling, window)
     else:
-        turned_TJD = rotate(qkv_TJD, cos_TR, sin_TR, qkv_TJD.shape[1] - kv_heads)
+        turned_TJD = cast(Tensor, _Rotated.apply(qkv_TJD, cos_TR, sin_TR, qkv_TJD.shape[1] - kv_heads))
         sizes = [qkv_TJD.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
         q_THD, k_TKD, v_TKD = turned_TJD.split(sizes, dim=1)
         out_THD = _by_torch(q_THD, k_TKD, v_TKD, paths, scaling, window)
@@ -262,10 +263,27 @@ def _softmax_backward(weights: Tensor, dweights: Tensor, scaling: float) -> Tens
     return ((along - w * along.sum(-1, keepdim=True)) * scaling).to(weights.dtype)
 
 
+class _Rotated(torch.autograd.Function):
+    """Keeps the angles alone, which all layers share."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(cos_TR, sin_TR)
+        ctx.heads = heads
+        return rotate(x_THD, cos_TR, sin_TR, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor | None, ...]:
+        return rotate_backward(dy_THD, *ctx.saved_tensors, ctx.heads), None, None, None
+
+
 def _by_torch(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, paths: Sequence[Path], scaling: float, window: int | None
 ) -> Tensor:
-    """A call of torch's attention for each segment."""
+    """By torch's variable-length attention where that is for them, else a call of its attention for each segment."""
+    if varlen.serves(q_THD):
+        return varlen.varlen_attention(q_THD, k_TKD, v_TKD, paths, scaling, window)
     outs = []
     for path in paths:
         q_HQD = q_THD[slice(*path[-1])].transpose(0, 1)

@@ -1,8 +1,9 @@
 """Elementwise pieces compiled by torch's own compiler, so that a chain of them is one pass over memory.
 
-On a CPU a norm, an activation or a softmax written in plain torch is a handful of passes, each as long as memory takes,
-and together they cost as much as the matrix products.  What is decorated with `@compiled` stays a plain function of
-tensors, which is the reference: small tensors, other devices, and machines without a C++ compiler run it as it is.
+A norm, an activation or a softmax written in plain torch is a handful of passes, each as long as memory takes, and
+together they cost as much as the matrix products of a CPU.  What is decorated with `@compiled` stays a plain function
+of tensors, which is the reference: small tensors, and machines without a compiler (C++ for a CPU, Triton for a GPU),
+run it as it is.
 """
 
 import functools
@@ -32,8 +33,9 @@ def compiled(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(first: Tensor, *more: Any) -> Any:
-        small = first.numel() < SMALLEST or first.device.type != "cpu"
-        if small or torch.is_grad_enabled() or not can_compile() or torch.compiler.is_compiling():
+        if first.numel() < SMALLEST or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return function(first, *more)
+        if not can_compile(first.device.type):
             return function(first, *more)
         return _compile(function)(*(a.detach() if isinstance(a, Tensor) else a for a in (first, *more)))
 
@@ -48,18 +50,18 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def can_compile() -> bool:
-    """Whether there is a C++ compiler that makes something; PHINETUNE_COMPILE=0 does without."""
+def can_compile(device: str = "cpu") -> bool:
+    """Whether there is a compiler for this kind of device that makes something; PHINETUNE_COMPILE=0 does without."""
     if os.environ.get("PHINETUNE_COMPILE", "1") == "0":
         return False
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    if device == "cpu" and compiler is None:
         log.warning("no C++ compiler (g++, clang++): elementwise passes aren't fused, which makes training slower")
         return False
     try:
         with warnings.catch_warnings():  # torch's compiler warns of torch's own deprecations while it is imported
             warnings.simplefilter("ignore")
-            torch.compile(torch.neg, dynamic=True)(torch.ones(8))
+            torch.compile(torch.neg, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:
         first = str(error).strip().splitlines()
         log.warning(

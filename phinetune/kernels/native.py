@@ -51,10 +51,10 @@ def library(name: str) -> ctypes.CDLL | None:
     return found
 
 
-def prepare() -> None:
-    """Compiles what isn't yet: best before a model is loaded, since a compiler started later is a process as large as
-    this one for a moment."""
-    for name in KERNELS:
+def prepare(device: torch.device) -> None:
+    """Compiles what isn't yet and computes on this device: best before a model is loaded, since a compiler started
+    later is a process as large as this one for a moment."""
+    for name in KERNELS if device.type == "cpu" else ():
         library(name)
 
 

@@ -52,8 +52,10 @@ def kept_by_a_layer(model: Any, batch: Batch) -> int:
     adapters = [a for _, layer in lora.lora_layers(model) for a in layer.adapters.values()]
     ranks: int = sum(block.a.stop - block.a.start for a in adapters for block in a.blocks)
     elements += ranks // len(decoder_layers(model))
+    if _has_kernels(model):
+        elements += 4 * VECTOR  # thin products in whole vectors
     if _has_flash(model):
-        elements += 4 * VECTOR + 2 * heads  # thin products in whole vectors; log-sum-exps
+        elements += 2 * heads  # log-sum-exps
     seen = 0 if _has_flash(model) else min(batch.longest, KEPT_KEYS)
     elements += heads * seen * (seen + min(seen, LARGEST_BLOCK)) // 2 // batch.longest
     drops = any(adapter.lora_dropout > 0 for adapter in adapters)
@@ -78,11 +80,13 @@ def bytes_to_come(model: Any, batch: Batch, recomputed: int | None = None) -> in
 def _worked_with(model: Any, batch: Batch) -> int:
     """What is needed at once beside what is kept: by attention's backward pass, the MLP's, or the head."""
     config, element = model.config, _element(model)
-    hidden, intermediate = int(config.hidden_size), _intermediate(config)
+    hidden, intermediate, on_cpu = int(config.hidden_size), _intermediate(config), model.device.type == "cpu"
     attention = 0
     if _has_fast_layers(model):
         heads, kv_heads, width = _heads(config)
-        if _has_flash(model):
+        if not on_cpu:
+            attention = 2 * (heads + 2 * kv_heads) * width * batch.tokens * element  # dq, dk, dv, and side by side
+        elif _has_flash(model):
             laid_out = 3 * kv_heads * native.element_bytes()  # keys both ways, values
             attention = (2 * heads * 4 + laid_out) * width * batch.tokens  # dk, dv
         else:
@@ -92,8 +96,8 @@ def _worked_with(model: Any, batch: Batch) -> int:
     if _is_blockwise(model):
         mlp = 2 * hidden * element * batch.tokens + 3 * hidden * intermediate * native.element_bytes()  # laid out
     else:
-        mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2) * element
-    table = int(config.vocab_size) * hidden * element  # oneDNN multiplies by a copy of the weight
+        mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2 * on_cpu) * element
+    table = int(config.vocab_size) * hidden * element * on_cpu  # oneDNN multiplies by a copy of the weight
     head = 2 * CHUNK_BYTES + table + 5 * hidden * element * batch.tokens
     return max(attention, mlp, head)
 
@@ -145,9 +149,14 @@ def _has_fast_layers(model: nn.Module) -> bool:
     return any(isinstance(layer, FastLayer) for layer in decoder_layers(model))
 
 
-def _has_flash(model: Any) -> bool:
-    """Whether attention is the C++ kernel's."""
+def _has_kernels(model: Any) -> bool:
+    """Whether C++ kernels train it."""
     return flash.serves(torch.empty(0, 1, _heads(model.config)[2], dtype=model.dtype, device=model.device))
+
+
+def _has_flash(model: Any) -> bool:
+    """Whether attention keeps nothing of the size of scores: our kernel's doesn't, nor does torch's on a GPU."""
+    return model.device.type != "cpu" or _has_kernels(model)
 
 
 def _is_blockwise(model: Any) -> bool:
@@ -155,7 +164,7 @@ def _is_blockwise(model: Any) -> bool:
     weights = [getattr(module, "weight", None) for module in decoder_layers(model)[0].modules()]
     plain = not any(isinstance(weight, QuantisedWeight) for weight in weights)
     elements = 3 * int(model.config.hidden_size) * _intermediate(model.config)
-    return _has_fast_layers(model) and _has_flash(model) and plain and blockwise.holds(elements)
+    return _has_fast_layers(model) and _has_kernels(model) and plain and blockwise.holds(elements)
 
 
 def _intermediate(config: Any) -> int:

@@ -27,8 +27,8 @@ def examine(training: bool = True) -> dict[str, Any]:
     the shipped example (half a minute)."""
     threads = settle_threads()
     kept = keep_freed_memory()
-    native.prepare()
     device = pick_device(use_cpu=False)
+    native.prepare(device)
     found: dict[str, Any] = {
         "versions": machine.versions(),
         **machine.system(),
@@ -36,10 +36,11 @@ def examine(training: bool = True) -> dict[str, Any]:
         "cpu": machine.cpu(),
         "threads": threads,
         "memory_gb": {"total": _memory_total() / 1e9, "free": memory_free() / 1e9},
+        "gpu_memory_gb": _gpu_memory(device),
         "freed_memory_is_kept": kept,
         "compiler": " ".join(native.find_compiler()) or None,
-        "compiled_passes": can_compile(),
-        "kernels": {name: native.library(name) is not None for name in KERNELS},
+        "compiled_passes": can_compile(device.type),
+        "kernels": {name: device.type == "cpu" and native.library(name) is not None for name in KERNELS},
         "kernels_in": native.instructions(),
         "dtype": resolve_dtype("auto", device),
         "gflops": {name: round(rate / 1e9, 1) for name, rate in rates_by_dtype(device).items()},
@@ -54,7 +55,7 @@ def _train(device: torch.device, dtype: str) -> dict[str, Any]:
 
     rows = str(resources.files("phinetune.data.shipped") / "orders.train.jsonl")
     config = DataConfig(train=rows)
-    with MemoryPeak() as memory:
+    with MemoryPeak(device) as memory:
         examples = list(prepare(config, load_tokenizer("smollm2", ModelKwargs(), {}), seed=0).train)
         model = load_model("smollm2", ModelKwargs(dtype=dtype), device)
         peft = PeftConfig(r=16, target_modules="all-linear")
@@ -72,6 +73,13 @@ def _train(device: torch.device, dtype: str) -> dict[str, Any]:
         "share_of_rate": round(share.of_rate, 3),
         "peak_gb": round(memory.gb, 2),
     }
+
+
+def _gpu_memory(device: torch.device) -> dict[str, float] | None:
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return {"total": total / 1e9, "free": free / 1e9}
 
 
 def _memory_total() -> int:

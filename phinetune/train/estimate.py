@@ -55,7 +55,7 @@ def product_rate(model: Any) -> float:
 def expected_gb(model: Any, batch: Batch) -> float:
     """Peak memory of steps whose largest batch is `batch`, in units of 10⁹ bytes, for a model that is loaded and
     adapted: what is in use now, and what a step adds."""
-    return (memory_in_use() + bytes_to_come(model, batch)) / 1e9
+    return (memory_in_use(model.device) + bytes_to_come(model, batch)) / 1e9
 
 
 def has_room_to_fold(model: Any) -> bool:

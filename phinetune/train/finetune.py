@@ -131,10 +131,11 @@ def train(
     began = time.perf_counter()
     config, folder = recipe.training_config, Path(recipe.training_config.output_dir)
     _check_folder(folder, bool(resume), overwrite or config.overwrite_output_dir)
+    device = pick_device(config.use_cpu)
     keep_freed_memory()
     threads = settle_threads()
-    native.prepare()
-    with listening() as signals, MemoryPeak() as memory:
+    native.prepare(device)
+    with listening() as signals, MemoryPeak(device) as memory:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         checkpoint = _checkpoint_to_resume(folder, resume)
         if checkpoint is not None:
@@ -387,7 +388,7 @@ def _layers_to_recompute(model: Any, config: TrainingConfig, batch: Batch) -> in
     if config.gradient_checkpointing_layers != "auto":
         return min(count, config.gradient_checkpointing_layers)
     if config.max_memory_gb is not None:
-        return layers_to_recompute(model, batch, config.max_memory_gb * 1e9 - memory_in_use())
+        return layers_to_recompute(model, batch, config.max_memory_gb * 1e9 - memory_in_use(model.device))
     return layers_to_recompute(model, batch, memory_free(model.device) - mapped_bytes(model))
 
 

@@ -236,7 +236,8 @@ def _saves(recipe: Recipe, steps: int) -> int:
 def _device(name: str | None, use_cpu: bool) -> tuple[float, float | None]:
     """(bytes that can be had, a GPU's rate by its name)"""
     if name is None:
-        return memory_free(pick_device(use_cpu)) + memory_in_use(), None
+        here = pick_device(use_cpu)
+        return memory_free(here) + memory_in_use(here), None
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*GB", name, re.IGNORECASE):
         return float(match[1]) * 1e9, None
     if name.lower() not in GPUS:
@@ -269,20 +270,21 @@ def measure(recipe: Recipe, layers: int) -> Needs:
     """A run with so many layers, timed and rehearsed, in this process."""
     keep_freed_memory()
     settle_threads()
-    native.prepare()
+    device = pick_device(recipe.training_config.use_cpu)
+    native.prepare(device)
     with listening() as signals:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         data = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
-        process = memory_in_use()
+        process = memory_in_use(device)
         loop = make_loop(recipe, tokenizer, data, signals, layers=layers)
-        loaded = memory_in_use()
+        loaded = memory_in_use(device)
         loop.folder.mkdir(parents=True)
         loop.model.train()
         loop.update(longest_rows(data.train, loop.max_batch_tokens), learning_rate=0.0)
-        with MemoryPeak() as memory:  # freed memory is kept, so the longest rows' is in it, but no compiler
+        with MemoryPeak(device) as memory:  # freed memory is kept, so the longest rows' is in it, but no compiler
             seconds = _seconds_a_token(loop, data)
         rehearse(loop, tokenizer, data)
-        rehearsed = memory_in_use()
+        rehearsed = memory_in_use(device)
     trained = trainable_parameters(loop.model).values()
     trained_bytes: int = sum(p.numel() * p.element_size() for p in trained)
     all_bytes: int = sum(p.nbytes for p in loop.model.parameters())

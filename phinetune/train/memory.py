@@ -1,6 +1,7 @@
 """Memory as phinetune counts it: the peak of anonymous plus shared memory over the process tree.
 
-Mapped files (a model's weights read from the page cache) don't count: the system can drop them at will.
+Mapped files (a model's weights read from the page cache) don't count: the system can drop them at will.  Of a run on a
+GPU it is the GPU's memory that torch has given out to tensors.
 """
 
 import os
@@ -19,21 +20,32 @@ CGROUPS = [  # (limit, use) of a container, in bytes, by both versions of contro
 class MemoryPeak:
     """Samples while a `with` block runs; `gb` is the peak so far, in units of 10⁹ bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Any = None) -> None:
+        self._device = device
         self._peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-peak", daemon=True)
 
     def __enter__(self) -> "MemoryPeak":
-        self._thread.start()
+        if _is_gpu(self._device):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     @property
     def gb(self) -> float:
+        if _is_gpu(self._device):
+            import torch
+
+            return torch.cuda.max_memory_allocated(self._device) / 1e9
         self._peak = max(self._peak, memory_in_use())
         return self._peak / 1e9
 
@@ -42,8 +54,13 @@ class MemoryPeak:
             self._peak = max(self._peak, memory_in_use())
 
 
-def memory_in_use() -> int:
-    """RssAnon + RssShmem of this process and its children, in bytes; the peak resident size off Linux."""
+def memory_in_use(device: Any = None) -> int:
+    """RssAnon + RssShmem of this process and its children, in bytes; the peak resident size off Linux. Of a GPU, what
+    tensors of this process take."""
+    if _is_gpu(device):
+        import torch
+
+        return torch.cuda.memory_allocated(device)
     if not sys.platform.startswith("linux"):
         import resource
 
@@ -54,10 +71,11 @@ def memory_in_use() -> int:
 
 def memory_free(device: Any = None) -> int:
     """Bytes that can still be had: of a GPU's memory, else of this machine's, or of what a container may use of it."""
-    if device is not None and device.type == "cuda":
+    if _is_gpu(device):
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = _read("/proc/meminfo")
     free = [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
     for limit, used in CGROUPS:
@@ -66,6 +84,10 @@ def memory_free(device: Any = None) -> int:
             # What the container uses counts its page cache too, which would be given up.
             free.append(int(bounds[0]) - min(int(bounds[1]), memory_in_use()))
     return min(free, default=1 << 62)
+
+
+def _is_gpu(device: Any) -> bool:
+    return device is not None and device.type == "cuda"
 
 
 def _read(path: str) -> str:
