@@ -37,16 +37,19 @@ def compiled(function: Function) -> Function:
             return function(first, *more)
         if not can_compile(first.device.type):
             return function(first, *more)
-        return _compile(function)(*(a.detach() if isinstance(a, Tensor) else a for a in (first, *more)))
+        made = _compile(function, first.device.type)
+        return made(*(a.detach() if isinstance(a, Tensor) else a for a in (first, *more)))
 
     return call  # type: ignore[return-value]
 
 
 @functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_VERSIONS)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # Where a GPU splits a sum, torch's compiler warns that it can't take a softmax's maximum in the same pass.
+    options = {"online_softmax": False} if device == "cuda" else None
+    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
 
 
 @functools.cache
