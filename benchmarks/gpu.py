@@ -1,8 +1,8 @@
 """Phi-3-mini at full size with random weights on a GPU: our training step against TRL + PEFT's, in turns.
 
-    python benchmarks/gpu.py [--rounds 3] [--rows 40] [--length 1024] [--kinds bf16 nf4]
+    python benchmarks/gpu.py [--rounds 3] [--steps 10] [--batch 8] [--length 1024] [--kinds bf16 nf4]
 
-Both sides train LoRA of rank 16 on all linear layers in bfloat16 on the same rows of random tokens, four a step,
+Both sides train LoRA of rank 16 on all linear layers in bfloat16 on the same rows of random tokens, eight a step,
 without gradient checkpointing; `nf4` is QLoRA, by bitsandbytes on both sides.  TRL and PEFT are taken from this
 environment (`pip install trl peft datasets`); where `liger-kernel` is there, too, TRL runs with and without it.  Writes
 benchmarks/results/gpu.json: tokens a second of each, ratios, memory, the share of the card's own matrix products, and
@@ -26,7 +26,7 @@ import phinetune
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "liger_kernel")
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-R, ALPHA, LEARNING_RATE, BATCH_ROWS, WARM_UP = 16, 32, 2e-4, 4, 3  # the last: steps that aren't timed
+R, ALPHA, LEARNING_RATE, WARM_UP = 16, 32, 2e-4, 3  # the last: steps that aren't timed
 
 
 def make_model(folder: Path) -> None:
@@ -38,13 +38,14 @@ def make_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def rows_of(count: int, length: int) -> list[list[int]]:
-    """Of unequal lengths, from half of `length` up."""
-    drawn = torch.randint(3, 32000, (count, length), generator=torch.Generator().manual_seed(1))
-    return [row[: length - (i * 37) % (length // 2)].tolist() for i, row in enumerate(drawn)]
+def steps_of(count: int, batch: int, length: int) -> list[list[list[int]]]:
+    """`batch` rows a step, of unequal lengths, from half of `length` up."""
+    drawn = torch.randint(3, 32000, (count * batch, length), generator=torch.Generator().manual_seed(1))
+    rows = [row[: length - (i * 37) % (length // 2)].tolist() for i, row in enumerate(drawn)]
+    return [rows[start : start + batch] for start in range(0, len(rows), batch)]
 
 
-def ours(folder: Path, rows: list[list[int]], kind: str) -> dict[str, Any]:
+def ours(folder: Path, steps: list[list[list[int]]], kind: str) -> dict[str, Any]:
     from phinetune.data import Example
     from phinetune.model import adapt_model, load_model
     from phinetune.model.memory import Batch, bytes_to_come
@@ -60,8 +61,7 @@ def ours(folder: Path, rows: list[list[int]], kind: str) -> dict[str, Any]:
     adapt_model(model, peft, 0)
     model.train()
     optimizer = make_optimizer(model, TrainingConfig(optim="adamw_torch_fused"), peft)
-    steps = [rows[start : start + BATCH_ROWS] for start in range(0, len(rows), BATCH_ROWS)]
-    batch = Batch(max(sum(map(len, step)) for step in steps), max(map(len, rows)))
+    batch = Batch(max(sum(map(len, step)) for step in steps), max(len(row) for step in steps for row in step))
     said = (memory_in_use(model.device) + bytes_to_come(model, batch)) / 1e9
     torch.cuda.reset_peak_memory_stats()
     seconds, losses = [], []
@@ -80,10 +80,9 @@ def ours(folder: Path, rows: list[list[int]], kind: str) -> dict[str, Any]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
         losses.append(loss)
-    found = {**figures(seconds, rows), "losses": losses, "gb_said": said, "first_step": seconds[0]}
+    found = {**figures(seconds, steps), "losses": losses, "gb_said": said, "first_step": seconds[0]}
     if kind == "bf16":
-        mean = sum(map(len, rows)) // len(steps)
-        probe = Products(model, mean)
+        probe = Products(model, batch.tokens)
         probe.rate()
         rate = statistics.median(probe.rate() for _ in range(5))
         found["roofline"] = 4 * probe.weights * found["tokens_per_second"] / rate
@@ -91,7 +90,7 @@ def ours(folder: Path, rows: list[list[int]], kind: str) -> dict[str, Any]:
     return found
 
 
-def trl(folder: Path, rows: list[list[int]], kind: str, liger: bool = False) -> dict[str, Any]:
+def trl(folder: Path, steps: list[list[list[int]]], kind: str, liger: bool = False) -> dict[str, Any]:
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models
@@ -123,24 +122,28 @@ def trl(folder: Path, rows: list[list[int]], kind: str, liger: bool = False) -> 
     with tempfile.TemporaryDirectory() as work:
         settings = SFTConfig(
             output_dir=work, bf16=True, report_to="none", save_strategy="no", num_train_epochs=1, disable_tqdm=True,
-            gradient_checkpointing=False, per_device_train_batch_size=BATCH_ROWS, learning_rate=LEARNING_RATE,
+            gradient_checkpointing=False, per_device_train_batch_size=len(steps[0]), learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant", max_length=None, train_sampling_strategy="sequential",
             use_liger_kernel=liger, logging_steps=1,
         )  # fmt: skip
         lora = LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = SFTTrainer(
-            model=model, args=settings, train_dataset=Dataset.from_dict({"input_ids": rows}),
-            processing_class=tokenizer, peft_config=lora, callbacks=[Clock()],
-        )  # fmt: skip
+            model=model,
+            args=settings,
+            train_dataset=Dataset.from_dict({"input_ids": [row for step in steps for row in step]}),
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[Clock()],
+        )
         begin = time.perf_counter()
         trainer.train()
     seconds = [b - a for a, b in zip([begin, *ends], ends, strict=False)]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return {**figures(seconds, rows), "losses": losses}
+    return {**figures(seconds, steps), "losses": losses}
 
 
-def figures(seconds: list[float], rows: list[list[int]]) -> dict[str, Any]:
-    tokens = [sum(map(len, rows[start : start + BATCH_ROWS])) for start in range(0, len(rows), BATCH_ROWS)]
+def figures(seconds: list[float], steps: list[list[list[int]]]) -> dict[str, Any]:
+    tokens = [sum(map(len, step)) for step in steps]
     return {
         "tokens_per_second": sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:]),
         "gb": torch.cuda.max_memory_allocated() / 1e9,
@@ -156,7 +159,7 @@ def in_turns(folder: Path, asked: argparse.Namespace, kind: str) -> dict[str, An
     for _ in range(asked.rounds):
         for name, of in list(runs.items()):
             command = [sys.executable, __file__, "--child", name, "--kinds", kind, "--model", str(folder)]
-            command += ["--rows", str(asked.rows), "--length", str(asked.length)]
+            command += ["--steps", str(asked.steps), "--batch", str(asked.batch), "--length", str(asked.length)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(f"{kind} {name} failed and is left out:\n{done.stderr[-3000:]}", flush=True)
@@ -193,7 +196,8 @@ def installed(package: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--kinds", nargs="+", choices=["bf16", "nf4"], default=["bf16", "nf4"])
     parser.add_argument("--model", type=Path, help="where the random model is; by default it is made anew")
@@ -203,7 +207,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py needs CUDA; on a CPU it is `make bench`")
     if asked.child:
-        print(json.dumps(SIDES[asked.child](asked.model, rows_of(asked.rows, asked.length), asked.kinds[0])))
+        print(
+            json.dumps(
+                SIDES[asked.child](asked.model, steps_of(asked.steps, asked.batch, asked.length), asked.kinds[0])
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as work:
         folder = asked.model or Path(work)
@@ -211,6 +219,7 @@ def main() -> None:
             make_model(folder)
         found = {
             "device": torch.cuda.get_device_name(),
+            "rows": f"{asked.batch} a step, of {asked.length // 2} to {asked.length} tokens",
             **{kind: in_turns(folder, asked, kind) for kind in asked.kinds},
             "versions": {"phinetune": phinetune.__version__, **{name: installed(name) for name in PACKAGES}},
         }

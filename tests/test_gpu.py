@@ -144,38 +144,51 @@ def test_greedy_answers_are_as_on_the_cpu(smollm2_tokenizer):
     assert answers(model.to("cuda"), smollm2_tokenizer, prompts, 12, 4) == expected
 
 
-def finetune(model, chats, folder, steps=4, **more):
+def finetune(model, chats, folder, steps=4, training_config=None, **more):
     return phinetune.finetune(
         model=str(model),
         train=str(chats),
         training_config={
             "output_dir": str(folder), "max_steps": steps, "save_strategy": "steps", "save_steps": 2,
-            "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+            "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant", **(training_config or {}),
         },
         peft_config={"r": 2, "lora_dropout": 0.1},
         **more,
     )  # fmt: skip
 
 
-def test_memory_that_is_refused_halves_the_batch(tiny_llama_folder, chats, tmp_path):
-    """The GPU lends this process 64 MB more than it has."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()
-    long = [
-        {"messages": [{"role": "user", "content": f"{i} "}, {"role": "assistant", "content": "ten " * 2000}]}
-        for i in range(8)
-    ]
+def test_memory_that_is_refused_halves_the_batch(tiny_llama_folder, tmp_path):
+    """The GPU lends this process what lies between the needs of a flat batch of 4,096 tokens and one of 32,768."""
+    answer = {"role": "assistant", "content": "ten " * 2000}
+    chats = [{"messages": [{"role": "user", "content": f"{i} "}, answer]} for i in range(16)]
     path = tmp_path / "long.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in long))
+    path.write_text("".join(json.dumps(row) + "\n" for row in chats))
+
+    def run(tokens):
+        torch.cuda.empty_cache()
+        result = finetune(
+            tiny_llama_folder,
+            path,
+            tmp_path / f"run-{len(list(tmp_path.iterdir()))}",
+            1,
+            training_config={"per_device_train_batch_size": 16},
+            data={"max_length": 4096, "max_batch_tokens": tokens},
+            model_kwargs={"dtype": "bfloat16"},
+            rehearsal=False,
+        )
+        return result.summary["peak_gb"] * 1e9, (result.folder / "train.log").read_text()
+
+    (small, _), (large, said) = run(4096), run(32768)
+    assert "memory was refused" not in said
+    assert large > 1.5 * small
     try:
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
-        folder = finetune(
-            tiny_llama_folder, path, tmp_path / "run", 2, data={"max_length": 4096, "max_batch_tokens": 16384},
-            model_kwargs={"dtype": "bfloat16"}, rehearsal=False,
-        ).folder  # fmt: skip
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((small + large) / 2 / total)
+        _, said = run(32768)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "the same rows a step" in (folder / "train.log").read_text()
+    assert "memory was refused for a flat batch of" in said
+    assert "the same rows a step" in said
 
 
 def test_what_is_said_of_the_machine_and_of_a_run(tiny_llama_folder, chats, tmp_path):
