@@ -283,6 +283,7 @@ def measure(recipe: Recipe, layers: int) -> Needs:
         loop.update(longest_rows(data.train, loop.max_batch_tokens), learning_rate=0.0)
         with MemoryPeak(device) as memory:  # freed memory is kept, so the longest rows' is in it, but no compiler
             seconds = _seconds_a_token(loop, data)
+            stepping = memory.gb * 1e9
         rehearse(loop, tokenizer, data)
         rehearsed = memory_in_use(device)
     trained = trainable_parameters(loop.model).values()
@@ -294,7 +295,7 @@ def measure(recipe: Recipe, layers: int) -> Needs:
         weights=all_bytes - trained_bytes,
         mapped=mapped_bytes(loop.model),
         trained=trained_bytes,
-        stepping=memory.gb * 1e9,
+        stepping=stepping,
         rehearsed=rehearsed,
         checkpoint=checkpoint_bytes(loop.model),
         seconds=seconds,
