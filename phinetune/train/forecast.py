@@ -48,7 +48,7 @@ GPUS = {
 SHARE_ON_A_GPU = 0.36  # of that rate: Phi-3-mini on an H200, flat batches of 6,000 tokens (docs/benchmarks.md)
 CONTEXT = 0.6e9  # what CUDA takes for itself; assumed, not measured
 FEW_MEASURED = 2  # layers of the smaller measurement: one is off the line, as its peak is the head's
-MEASURED_BYTES, MOST_MEASURED = 1 << 30, 8  # of the larger measurement, and its layers
+MEASURED_BYTES, MOST_MEASURED = 1 << 30, 16  # of the larger measurement, and its layers
 TIMED_STEPS, MOST_PASSES, TIMED_SECONDS = 4, 3, 6.0
 
 
