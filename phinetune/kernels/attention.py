@@ -275,7 +275,8 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor | None, ...]:
-        return rotate_backward(dy_THD, *ctx.saved_tensors, ctx.heads), None, None, None
+        cos_TR, sin_TR = ctx.saved_tensors
+        return rotate_backward(dy_THD, cos_TR, sin_TR, ctx.heads), None, None, None
 
 
 def _by_torch(

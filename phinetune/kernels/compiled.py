@@ -48,7 +48,7 @@ def _compile(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_VERSIONS)
     # Where a GPU splits a sum, torch's compiler warns that it can't take a softmax's maximum in the same pass.
-    options = {"online_softmax": False} if device == "cuda" else None
+    options: dict[str, Any] | None = {"online_softmax": False} if device == "cuda" else None
     return torch.compile(function, dynamic=True, fullgraph=True, options=options)
 
 

@@ -41,7 +41,7 @@ def varlen_attention(
     line = _line(tuple(map(tuple, paths)), q_THD.device)
     if line.seen is not None:
         k_TKD, v_TKD = (cast(Tensor, _Gather.apply(x, line.seen)) for x in (k_TKD, v_TKD))
-    return varlen_attn(
+    out_THD = varlen_attn(
         q_THD,
         k_TKD,
         v_TKD,
@@ -53,6 +53,7 @@ def varlen_attention(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
     )
+    return cast(Tensor, out_THD)
 
 
 class _Line(NamedTuple):

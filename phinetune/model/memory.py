@@ -80,7 +80,7 @@ def bytes_to_come(model: Any, batch: Batch, recomputed: int | None = None) -> in
 def _worked_with(model: Any, batch: Batch) -> int:
     """What is needed at once beside what is kept: by attention's backward pass, the MLP's, or the head."""
     config, element = model.config, _element(model)
-    hidden, intermediate, on_cpu = int(config.hidden_size), _intermediate(config), model.device.type == "cpu"
+    hidden, intermediate, on_cpu = int(config.hidden_size), _intermediate(config), bool(model.device.type == "cpu")
     attention = 0
     if _has_fast_layers(model):
         heads, kv_heads, width = _heads(config)
