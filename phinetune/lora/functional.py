@@ -180,11 +180,11 @@ def add_low_rank_(
 def low_rank_backward(dy_TN: Tensor, thin_TR: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """(the gradient of the thin product, (T, R), and that of B in its dtype): what needs no x."""
     cast_B = factors.lora_B.to(dy_TN.dtype)
-    dthin_TR, dB = torch.zeros_like(thin_TR), torch.zeros_like(cast_B)
+    dthin_TR, dB = torch.empty_like(thin_TR), torch.empty_like(cast_B)
     for block in factors.blocks:
         dy = dy_TN[:, block.out]
-        add_product_(block.read_B(dB), dy.T, thin_TR[:, block.a], block.scaling)
-        add_product_(dthin_TR[:, block.a], dy, block.read_B(cast_B), block.scaling)
+        block.read_B(dB).copy_(product(dy.T, thin_TR[:, block.a]).mul_(block.scaling))
+        dthin_TR[:, block.a] = product(dy, block.read_B(cast_B)).mul_(block.scaling)
     return dthin_TR, dB.to(factors.lora_B.dtype)
 
 

@@ -30,7 +30,8 @@ class MemoryPeak:
         if _is_gpu(self._device):
             import torch
 
-            torch.cuda.reset_peak_memory_stats(self._device)
+            if torch.cuda.is_initialized():  # else nothing was allocated, and workers are still to be forked
+                torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._thread.start()
         return self
@@ -45,7 +46,7 @@ class MemoryPeak:
         if _is_gpu(self._device):
             import torch
 
-            return torch.cuda.max_memory_allocated(self._device) / 1e9
+            return torch.cuda.max_memory_allocated(self._device) / 1e9 if torch.cuda.is_initialized() else 0.0
         self._peak = max(self._peak, memory_in_use())
         return self._peak / 1e9
 
