@@ -44,7 +44,7 @@ bench: install .venv-trl/installed .venv-litgpt/installed
 
 # Phi-3-mini at full size against TRL + PEFT, on a GPU; both in the environment of the peers.
 bench-gpu: install .venv-trl/installed
-	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) --editable .
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) --editable '.[qlora]'
 	.venv-trl/bin/python benchmarks/gpu.py
 
 bench-lora: install

@@ -4,9 +4,9 @@
 
 Both sides train LoRA of rank 16 on all linear layers in bfloat16 on the same rows of random tokens, eight a step,
 without gradient checkpointing; `nf4` is QLoRA, by bitsandbytes on both sides.  TRL and PEFT are taken from this
-environment (`pip install trl peft datasets`); where `liger-kernel` is there, too, TRL runs with and without it.  Writes
-benchmarks/results/gpu.json: tokens a second of each, ratios, memory, the share of the card's own matrix products, and
-the versions.
+environment (`pip install trl peft datasets bitsandbytes`); where `liger-kernel` is there, too, TRL runs with and
+without it.  Writes benchmarks/results/gpu.json: tokens a second of each, ratios, memory, the share of the card's own
+matrix products, and the versions.
 """
 
 import argparse
@@ -161,6 +161,8 @@ def in_turns(folder: Path, asked: argparse.Namespace, kind: str) -> dict[str, An
             command = [sys.executable, __file__, "--child", name, "--kinds", kind, "--model", str(folder)]
             command += ["--steps", str(asked.steps), "--batch", str(asked.batch), "--length", str(asked.length)]
             done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode and name == "ours":
+                raise SystemExit(f"{kind} ours failed:\n{done.stderr[-3000:]}")
             if done.returncode:
                 print(f"{kind} {name} failed and is left out:\n{done.stderr[-3000:]}", flush=True)
                 del runs[name]

@@ -33,9 +33,8 @@ def compiled(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(first: Tensor, *more: Any) -> Any:
-        if first.numel() < SMALLEST or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return function(first, *more)
-        if not can_compile(first.device.type):
+        as_it_is = first.numel() < SMALLEST or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if as_it_is or not can_compile(first.device.type):
             return function(first, *more)
         made = _compile(function, first.device.type)
         return made(*(a.detach() if isinstance(a, Tensor) else a for a in (first, *more)))

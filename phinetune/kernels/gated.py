@@ -22,7 +22,7 @@ def silu_mul_backward(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Te
     if dy_TF.device.type == "cpu":
         return _side_by_side(dy_TF, gate_TF, up_TF)
     # A GPU's kernel that joins them computes both for each of their elements: twice as long as copying them.
-    dgate, dup, activated = _gradients(dy_TF, gate_TF, up_TF)
+    dgate, dup, activated = compiled(_of_each)(dy_TF, gate_TF, up_TF)
     return torch.cat([dgate, dup], -1), activated
 
 
@@ -30,11 +30,6 @@ def silu_mul_backward(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Te
 def _side_by_side(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup, activated = _of_each(dy_TF, gate_TF, up_TF)
     return torch.cat([dgate, dup], -1), activated
-
-
-@compiled
-def _gradients(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _of_each(dy_TF, gate_TF, up_TF)
 
 
 def _of_each(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ the lines are read at the model's number.  A model that doesn't fit here can be 
     peak  ┤                            ○   read at 32 layers
           ┤                 ·
           ┤      ●  measured with 4
-          ┤  ●      measured with 1
+          ┤  ●      measured with 2
           └──┴───┴─────────────────────┴── layers
 """
 
