@@ -178,9 +178,8 @@ def push(
         phinetune.errors.PhinetuneError: without a token or the Hub, or if that refuses.
     """
     check_repository(repository)
-    folder = Path(merged or run)
     card = model_card(run, repository, merged=merged is not None)
-    return publish(folder, files_to_publish(folder), card, repository, private, token)
+    return publish(files_to_publish(Path(merged or run)), card, repository, private, token)
 
 
 def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:

@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from phinetune.adapter.peft_format import read_adapter
-from phinetune.adapter.publish import CARD, MERGED
-from phinetune.adapter.tuned import load_tuned
+from phinetune.adapter.publish import MERGED
+from phinetune.adapter.tuned import base_of, load_tuned
 from phinetune.disk import check_room, flush, naming_full_disk
 from phinetune.errors import AdapterError
 from phinetune.kernels.quantised import QuantisedWeight
@@ -84,7 +83,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     """Raises AdapterError for what is there, unless it is a merged model and may be replaced."""
     if not overwrite:
         raise AdapterError(str(output), "is there already", "give another output folder, or --overwrite")
-    known = {path for pattern in (*MERGED, CARD) for path in output.glob(pattern)}
+    known = {path for pattern in MERGED for path in output.glob(pattern)}
     foreign = sorted({*output.iterdir()} - known) if output.is_dir() else [output]
     if foreign or not (output / CONFIG).is_file():
         what = f"holds {foreign[0].name}" if foreign else "holds no model"
@@ -93,8 +92,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
 
 def _as_filed(folder: str | Path, kwargs: ModelKwargs) -> ModelKwargs:
     """The base in the dtype of its files, so that its weights stay mapped."""
-    base = read_adapter(folder)[0].get("base_model_name_or_path")
-    own = getattr(load_config(base, kwargs), "dtype", None) if base else None
+    own = getattr(load_config(*base_of(Path(folder), kwargs)), "dtype", None)
     update = {"load_in_4bit": False, "load_in_8bit": False, "dtype": str(own or "bfloat16").removeprefix("torch.")}
     return kwargs.model_copy(update=update)
 

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from phinetune.adapter.peft_format import CHAT_FORMAT_FILE, CONFIG_FILE, TENSOR_FILE
-from phinetune.disk import write_text
 from phinetune.errors import InputError, RunError
 from phinetune.hub import hub_answers
 from phinetune.model.files import CONFIG, INDEX
@@ -33,14 +32,16 @@ def check_repository(repository: str) -> None:
         raise InputError(f"repository {repository!r}", "is no name on the Hub", "write owner/name")
 
 
-def publish(folder: Path, files: list[Path], card: str, repository: str, private: bool, token: str | None) -> str:
+def publish(files: list[Path], card: str, repository: str, private: bool, token: str | None) -> str:
     """Uploads files and model card in one commit to a repository, made if it isn't there; returns its address.
+
+    The card isn't written beside the files: a README.md there is somebody's own.
 
     Raises:
         InputError: without an access token.
         RunError: if the Hub doesn't answer, or refuses.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
     token = token or get_token()
@@ -49,14 +50,13 @@ def publish(folder: Path, files: list[Path], card: str, repository: str, private
         raise InputError(f"repository {repository}", "nothing can be pushed without an access token", mend)
     if not hub_answers():
         raise RunError(f"repository {repository}", "the Hugging Face Hub does not answer", "try again once connected")
-    write_text(folder / CARD, card)
+    added = {CARD: card.encode(), **{path.name: path for path in files}}
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=[CARD, *(path.name for path in files)],
+        api.create_commit(
+            repository,
+            [CommitOperationAdd(name, content) for name, content in added.items()],
             commit_message="phinetune push",
         )
     except (HfHubHTTPError, OSError, ValueError) as error:

@@ -28,6 +28,22 @@ def recipe_of(run: Path) -> Recipe | None:
     return None
 
 
+def base_of(folder: Path, kwargs: ModelKwargs, base: str | None = None) -> tuple[str, ModelKwargs]:
+    """The base model of an adapter and where it is, in the revision that the adapter was made for.
+
+    Raises:
+        AdapterError: if it names none, or one that is another by now.
+    """
+    config, _ = read_adapter(folder)
+    base = base or config.get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(str(folder), "doesn't say which base model it belongs to", "name it with --base")
+    revision = config.get("revision")
+    if base == smollm2.NAME and revision not in (None, smollm2.GGUF_SHA256):
+        raise AdapterError(str(folder), f"was made for another {base} ({revision})", "tune it again")
+    return base, kwargs.model_copy(update={"revision": kwargs.revision or revision})
+
+
 def load_tuned(
     folder: str | Path, kwargs: ModelKwargs, base: str | None = None, allow_template_mismatch: bool = False
 ) -> tuple[Any, Any]:
@@ -41,14 +57,7 @@ def load_tuned(
             the one that the adapter was tuned with.
     """
     folder = Path(folder)
-    config, _ = read_adapter(folder)
-    base = base or config.get("base_model_name_or_path")
-    if not base:
-        raise AdapterError(str(folder), "doesn't say which base model it belongs to", "name it with --base")
-    revision = config.get("revision")
-    if base == smollm2.NAME and revision not in (None, smollm2.GGUF_SHA256):
-        raise AdapterError(str(folder), f"was made for another {base} ({revision})", "tune it again")
-    kwargs = kwargs.model_copy(update={"revision": kwargs.revision or revision})
+    base, kwargs = base_of(folder, kwargs, base)
     own = [f for f in run_folders(folder) if (f / "tokenizer.json").is_file()]
     tokenizer = load_tokenizer(str(own[0]) if own else base, kwargs)
     if not allow_template_mismatch:

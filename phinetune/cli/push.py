@@ -8,12 +8,11 @@ def run_push(run: Path, repository: str, merged: Path | None, private: bool, tok
     from phinetune.api import push
     from phinetune.report import model_card
 
+    if not dry_run:
+        print(f"pushed to {push(run, repository, merged=merged, private=private, token=token)}")
+        return
     check_repository(repository)
     files = files_to_publish(merged or run)
-    if dry_run:
-        print(model_card(run, repository, merged=merged is not None))
-        for path in files:
-            print(f"would push {path.name}  {path.stat().st_size:,} bytes")
-        return
-    address = push(run, repository, merged=merged, private=private, token=token)
-    print(f"pushed {len(files)} files and a model card to {address}")
+    print(model_card(run, repository, merged=merged is not None))
+    for path in files:
+        print(f"would push {path.name}  {path.stat().st_size:,} bytes")

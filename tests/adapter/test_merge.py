@@ -149,6 +149,24 @@ def test_shards(tmp_path, tiny_llama_folder, monkeypatch):
     assert torch.equal(logits(one), logits(other))
 
 
+def test_the_revision_that_the_adapter_was_made_for(tmp_path, phi3_folder):
+    repository = tmp_path / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit, dtype in (("main", "a" * 40, "float32"), ("v1", "b" * 40, "bfloat16")):
+        (repository / "refs" / name).write_text(commit)
+        snapshot = repository / "snapshots" / commit
+        AutoModelForCausalLM.from_pretrained(phi3_folder, dtype=getattr(torch, dtype)).save_pretrained(snapshot)
+    kwargs = ModelKwargs(cache_dir=str(tmp_path))
+    adapter(tmp_path / "adapter", phi3_folder)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "base_model_name_or_path": "owner/tiny", "revision": "v1"}
+    path.write_text(json.dumps(config))
+    AutoTokenizer.from_pretrained(phi3_folder).save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", kwargs)
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
 def test_an_adapter_on_4_bits_merges_onto_either_base(tmp_path, phi3_folder):
     """Against PEFT on transformers' model, whose linear layers are quantised and dequantised by bitsandbytes."""
     four_bit = ModelKwargs(dtype="bfloat16", load_in_4bit=True, bnb_4bit_compute_dtype="float32")

@@ -103,8 +103,9 @@ def test_what_makes_the_adapter_arrives_with_its_card(run, hub):
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_format.json", "chat_template.jinja",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    for name, content in files.items():
-        assert content == (run / name).read_bytes()
+    for name in files.keys() - {"README.md"}:
+        assert files[name] == (run / name).read_bytes()
+    assert not (run / "README.md").exists(), "the folder stays as it was"
     assert hub.kept["validated"] == files["README.md"].decode()
     _, head, card = files["README.md"].decode().split("---\n", 2)
     about = yaml.safe_load(head)
