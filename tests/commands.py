@@ -3,17 +3,34 @@
 That one never computes, so a fork of it is like a process that has just started.
 """
 
+import functools
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+IMPORTED = Path(__file__).parents[1] / "benchmarks" / "reliability" / "imported.py"  # what they import
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["preloaded"])
+
+
+@functools.cache
+def _start_server() -> None:
+    """The process that they are forked from. It takes its modules' folder from the environment alone, and goes on
+    without a word where it doesn't find one."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(IMPORTED.parent), before]))
+    _context.set_forkserver_preload([IMPORTED.stem])
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def phinetune(*arguments: Any, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -47,6 +64,7 @@ class Forked:
         self._said = Path(self._folder.name)
         (self._said / "0").write_text(input, encoding="utf-8")
         environment = {**os.environ, **(env or {})}
+        _start_server()
         given = (target, self.arguments, self._said, cwd or Path.cwd(), environment)
         self._process = _context.Process(target=_run, args=given)
         self._process.start()
@@ -86,6 +104,7 @@ def _run(
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_CREAT), (2, os.O_WRONLY | os.O_CREAT)):
         os.dup2(os.open(said / str(descriptor), flags, 0o600), descriptor)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # it ends with the process
+    assert IMPORTED.stem in sys.modules, "nothing was imported beforehand"
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

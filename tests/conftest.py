@@ -16,6 +16,14 @@ SHARED_DATA = ROOT.parent / "shared" / "data"  # real data, absent on most machi
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to the Hub
 
 
+LONGEST = ("test_scoreboard", "test_resume", "test_cli")  # files that take minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that of two processes none is left with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> Any:
     from phinetune.model import load_tokenizer

@@ -19,20 +19,6 @@ COMPARED = (
 )
 
 
-def preload() -> None:
-    """Everything that a run imports."""
-    import tokenizers  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama
-    import transformers.models.phi3.modeling_phi3  # noqa: F401
-
-    import phinetune.cli.app
-    import phinetune.cli.quiet
-    import phinetune.cli.train
-    import phinetune.train  # noqa: F401
-
-
 @dataclass
 class Subject:
     """A fine-tune by the command line, how its uninterrupted run ends, and how long that takes."""
