@@ -94,8 +94,13 @@ def element_bytes() -> int:
 
 def _compile(name: str, compiler: list[str]) -> Path:
     files = sorted(SOURCES.glob("*.h")) + [SOURCES / f"{name}.cpp"]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = [*FLAGS, *compiler, version, _processor(), *(file.read_text(encoding="utf-8") for file in files)]
+    made_of = [
+        *FLAGS,
+        *compiler,
+        _version(*compiler),
+        _processor(),
+        *(file.read_text(encoding="utf-8") for file in files),
+    ]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     folder = cache_folder() / "kernels"
     made = folder / f"{name}-{digest}.so"
@@ -108,6 +113,11 @@ def _compile(name: str, compiler: list[str]) -> Path:
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         unfinished.replace(made)
     return made
+
+
+@functools.cache
+def _version(*compiler: str) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def _processor() -> str:

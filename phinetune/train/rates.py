@@ -1,5 +1,7 @@
 """How fast this machine multiplies matrices, and what share of that training reaches."""
 
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,8 @@ from phinetune.model import flat_batches
 from phinetune.train.loop import training_step
 
 PROBED_LAYERS = 6  # of how many layers the products are timed: enough that no weight stays in a cache
-SIDE = 2048  # of the matrices by which dtypes are compared
+SIDES = (512, 2048)  # of the matrices by which dtypes are compared
+LONGEST = 0.5  # seconds a product of them may take; else the smaller ones tell
 REPEATS = 5
 
 
@@ -109,13 +112,21 @@ def share_reached(
 
 def rates_by_dtype(device: torch.device) -> dict[str, float]:
     """(FL)OP a second of square matrix products in each dtype that training uses, the median of a few."""
-    made: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(SIDE, SIDE, device=device).to(dtype)
-        made[str(dtype).removeprefix("torch.")] = lambda x=x: product(x, x.T)  # type: ignore[misc]
-    i = torch.randint(-128, 128, (SIDE, SIDE), dtype=torch.int8, device=device)
-    made["int8"] = lambda: torch._int_mm(i, i.T)
-    return {name: 2 * SIDE**3 / statistics.median(_seconds(of, device)) for name, of in made.items()}
+    return {
+        "float32": _rate(product, torch.float32, device),
+        "bfloat16": _rate(product, torch.bfloat16, device),
+        "int8": _rate(torch._int_mm, torch.int8, device),
+    }
+
+
+def _rate(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> float:
+    rate = math.inf
+    for side in SIDES:
+        if 2 * side**3 > rate * LONGEST:
+            break
+        x = torch.randint(-128, 128, (side, side), device=device).to(dtype)
+        rate = 2 * side**3 / statistics.median(_seconds(functools.partial(multiply, x, x.T), device))
+    return rate
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> list[float]:

@@ -2,19 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from commands import phinetune
 
 from phinetune.cli import doctor as cli
 from phinetune.kernels import native, threads
 
 
 def doctor(*arguments, **environment):
-    command = [sys.executable, "-m", "phinetune", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment).stdout
+    ran = phinetune("doctor", *arguments, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def test_one_json_object_with_rates_and_the_share_training_reaches():
