@@ -137,7 +137,7 @@ def merge(
     for option, value, known in (("onto", onto, ONTO), ("dtype", dtype, MERGED_DTYPES)):
         if value not in known:
             raise RecipeError(option, f"is {value!r}", f"give one of {', '.join(known)}")
-    run = Path(run)
+    run = Path(run) if Path(run).name else Path(run).absolute()  # `.` has a name, too
     recipe = recipe_of(run)
     kwargs = recipe.model_kwargs if recipe else ModelKwargs()
     if onto == "dequantised" and not kwargs.load_in_4bit:
@@ -179,7 +179,8 @@ def push(
     """
     check_repository(repository)
     card = model_card(run, repository, merged=merged is not None)
-    return publish(files_to_publish(Path(merged or run)), card, repository, private, token)
+    folder = Path(merged or run)
+    return publish(folder, files_to_publish(folder), card, repository, private, token)
 
 
 def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:

@@ -162,7 +162,7 @@ def stream(
     renderer = renderer or Renderer.of(tokenizer)
     ids = torch.tensor([renderer.prompt_ids(messages)])
     stops = stop_ids(model, tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else GREEDY
     with _own_head(model):
         model.generate(
             ids.to(model.device),

@@ -1,6 +1,8 @@
 """`phinetune.load` and `phinetune.merge`: what Python users get of a run."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from commands import phinetune as command
 from transformers import AutoModelForCausalLM, pipeline
 
 import phinetune
+from phinetune.adapter import files_to_publish, recipe_of
 from phinetune.errors import AdapterError, ModelError, RecipeError
 from phinetune.lora import lora_layers
 from phinetune.model import quantised_layers
@@ -56,6 +59,19 @@ def test_settings_of_the_model_go_over_the_runs_own(run):
         phinetune.load("./nowhere")
 
 
+def test_a_run_that_stayed_off_the_gpu_is_loaded_off_it(run, tmp_path, monkeypatch):
+    from phinetune.adapter import tuned
+
+    asked = []
+    monkeypatch.setattr(tuned, "pick_device", lambda use_cpu: asked.append(use_cpu) or torch.device("cpu"))
+    phinetune.load(run)
+    other = shutil.copytree(run, tmp_path / "other")
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("use_cpu: false", "use_cpu: true"))
+    phinetune.load(other)
+    assert asked == [False, True]
+
+
 def test_a_merged_model_is_replaced_if_that_is_asked_and_nothing_else_is(run, tmp_path):
     told = []
     merged = phinetune.merge(run, tmp_path / "merged", dtype="bfloat16", say=told.append)
@@ -75,6 +91,25 @@ def test_a_merged_model_is_replaced_if_that_is_asked_and_nothing_else_is(run, tm
     for wrong in ({"onto": "top"}, {"dtype": "int8"}, {"onto": "dequantised"}):
         with pytest.raises(RecipeError):
             phinetune.merge(run, tmp_path / "other", **wrong)
+
+
+def test_all_templates_of_a_tokenizer_are_merged_and_pushed(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "additional_chat_templates").mkdir()
+    template = other / "additional_chat_templates" / "tool_use.jinja"
+    template.write_text((other / "chat_template.jinja").read_text() + "{# with tools #}")
+    assert template in files_to_publish(other)
+    for overwrite in (False, True):  # what is replaced was written by merge
+        merged = phinetune.merge(other, tmp_path / "merged", allow_template_mismatch=True, overwrite=overwrite)
+        assert merged / "additional_chat_templates" / "tool_use.jinja" in files_to_publish(merged)
+
+
+def test_a_run_by_the_name_of_dot(run, tmp_path, monkeypatch):
+    other = shutil.copytree(run, tmp_path / "other")
+    monkeypatch.chdir(other)
+    assert phinetune.merge(".") == tmp_path / "other-merged"
+    monkeypatch.chdir(other / "checkpoint-3")
+    assert recipe_of(Path()) is not None
 
 
 def test_rows_that_were_objects_are_no_held_out_rows(run, tmp_path):

@@ -79,12 +79,14 @@ def test_prompts_for_which_memory_is_refused_are_answered_in_halves(smollm2, smo
         answers(smollm2, smollm2_tokenizer, asked[:1], 4)
 
 
-def test_streaming_gives_the_same_answer_in_pieces(smollm2, smollm2_tokenizer):
+def test_streaming_gives_the_same_answer_in_pieces(smollm2, smollm2_tokenizer, monkeypatch):
     (whole,) = answers(smollm2, smollm2_tokenizer, prompts(smollm2_tokenizer, "Be brief.")[:1], 30)
     pieces = []
     assert stream(smollm2, smollm2_tokenizer, conversations("Be brief.")[0], 30, write=pieces.append) == whole
     assert len(pieces) > 2
     assert "Paris" in whole
+    monkeypatch.setattr(smollm2.generation_config, "repetition_penalty", 1.9)
+    assert stream(smollm2, smollm2_tokenizer, conversations("Be brief.")[0], 30) == whole, "greedy is greedy"
 
 
 def test_generation_stops_at_the_end_of_a_turn(phi3_tokenizer, smollm2, smollm2_tokenizer):

@@ -6,7 +6,7 @@ written as soon as a shard is full, so memory holds a shard and a layer, never t
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phinetune.adapter.publish import MERGED
-from phinetune.adapter.tuned import base_of, load_tuned
+from phinetune.adapter.tuned import base_of, device_of, load_tuned
 from phinetune.disk import check_room, flush, naming_full_disk
 from phinetune.errors import AdapterError
 from phinetune.kernels.quantised import QuantisedWeight
@@ -27,6 +27,7 @@ from phinetune.model.quantise import in_4bit
 from phinetune.recipe import ModelKwargs
 
 SHARD_BYTES = 10**9
+Quantise = Callable[[Tensor], Tensor]
 
 
 def merge_adapter(
@@ -57,7 +58,12 @@ def merge_adapter(
     if output.exists():
         _check_replaceable(output, overwrite)
     as_filed = _as_filed(folder, kwargs)
-    model, tokenizer = load_tuned(folder, as_filed, allow_template_mismatch=allow_template_mismatch)
+    cpu, trained_on = torch.device("cpu"), device_of(Path(folder))
+    model, tokenizer = load_tuned(folder, as_filed, allow_template_mismatch=allow_template_mismatch, device=cpu)
+
+    def in_few_bits(weight: Tensor) -> Tensor:
+        return in_4bit(weight.to(trained_on), kwargs).to(cpu)  # a processor of another kind may round otherwise
+
     written_in = getattr(torch, as_filed.dtype if dtype == "auto" else dtype)
     check_room(output, sum(p.numel() for p in model.parameters()) * written_in.itemsize)
     work = output.with_name(f".tmp-{output.name}")
@@ -65,7 +71,7 @@ def merge_adapter(
     work.mkdir(parents=True)
     try:
         with naming_full_disk(output):
-            _write_shards(_merged(model, written_in, kwargs if dequantised else None), work)
+            _write_shards(_merged(model, written_in, in_few_bits if dequantised else None), work)
             _describe(model, tokenizer, written_in, work)
             for path in work.iterdir():
                 flush(path)
@@ -84,7 +90,8 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise AdapterError(str(output), "is there already", "give another output folder, or --overwrite")
     known = {path for pattern in MERGED for path in output.glob(pattern)}
-    foreign = sorted({*output.iterdir()} - known) if output.is_dir() else [output]
+    there = {path for path in output.rglob("*") if not path.is_dir()} if output.is_dir() else {output}
+    foreign = sorted(there - known)
     if foreign or not (output / CONFIG).is_file():
         what = f"holds {foreign[0].name}" if foreign else "holds no model"
         raise AdapterError(str(output), f"{what}, which no merge wrote, so it is kept", "give another output folder")
@@ -98,7 +105,7 @@ def _as_filed(folder: str | Path, kwargs: ModelKwargs) -> ModelKwargs:
 
 
 @torch.no_grad()
-def _merged(model: Any, dtype: torch.dtype, four_bit: ModelKwargs | None) -> Iterator[tuple[str, Tensor]]:
+def _merged(model: Any, dtype: torch.dtype, quantise: Quantise | None) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the plain model's state dict, one at a time."""
     head, inside = model.get_output_embeddings(), ""
     for path, module in model.named_modules():
@@ -109,7 +116,7 @@ def _merged(model: Any, dtype: torch.dtype, four_bit: ModelKwargs | None) -> Ite
         elif module is head and is_tied(model):
             continue
         else:
-            goes_through = four_bit if isinstance(module, nn.Linear) and module is not head else None
+            goes_through = quantise if isinstance(module, nn.Linear) and module is not head else None
             own = _own_tensors(module, dtype, goes_through)
         for name, tensor in own.items():
             plain = tensor.dequantise(dtype) if isinstance(tensor, QuantisedWeight) else tensor
@@ -123,14 +130,14 @@ def is_tied(model: Any) -> bool:
     return head is not None and not touched and head.weight is table.weight
 
 
-def _own_tensors(module: nn.Module, dtype: torch.dtype, four_bit: ModelKwargs | None) -> dict[str, Tensor]:
+def _own_tensors(module: nn.Module, dtype: torch.dtype, quantise: Quantise | None) -> dict[str, Tensor]:
     """What a module holds itself, without its children, and what is saved of it; adapters folded in."""
     weight: Any = module._parameters.get("weight")
-    if four_bit is not None and not isinstance(weight, QuantisedWeight):
-        module._parameters["weight"] = nn.Parameter(in_4bit(weight, four_bit), requires_grad=False)
+    if quantise is not None and not isinstance(weight, QuantisedWeight):
+        module._parameters["weight"] = nn.Parameter(quantise(weight), requires_grad=False)
     plain = module.to_base(dtype) if isinstance(module, LoRALayer) else module
     own = {name: parameter.detach() for name, parameter in plain._parameters.items() if parameter is not None}
-    if four_bit is not None:
+    if quantise is not None:
         module._parameters["weight"] = weight  # the mapped one again
     kept = plain._buffers.keys() - plain._non_persistent_buffers_set
     return own | {name: buffer for name, buffer in plain._buffers.items() if name in kept and buffer is not None}

@@ -7,9 +7,12 @@ from phinetune.adapter.peft_format import CHAT_FORMAT_FILE, CONFIG_FILE, TENSOR_
 from phinetune.errors import InputError, RunError
 from phinetune.hub import hub_answers
 from phinetune.model.files import CONFIG, INDEX
+from phinetune.untrusted import TEMPLATES
 
 CARD = "README.md"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", f"{TEMPLATES}/*.jinja",
+)  # fmt: skip
 ADAPTER = (CONFIG_FILE, TENSOR_FILE, CHAT_FORMAT_FILE, *TOKENIZER)
 MERGED = (CONFIG, "generation_config.json", "model*.safetensors", INDEX, *TOKENIZER)
 
@@ -32,7 +35,7 @@ def check_repository(repository: str) -> None:
         raise InputError(f"repository {repository!r}", "is no name on the Hub", "write owner/name")
 
 
-def publish(files: list[Path], card: str, repository: str, private: bool, token: str | None) -> str:
+def publish(folder: Path, files: list[Path], card: str, repository: str, private: bool, token: str | None) -> str:
     """Uploads files and model card in one commit to a repository, made if it isn't there; returns its address.
 
     The card isn't written beside the files: a README.md there is somebody's own.
@@ -50,7 +53,7 @@ def publish(files: list[Path], card: str, repository: str, private: bool, token:
         raise InputError(f"repository {repository}", "nothing can be pushed without an access token", mend)
     if not hub_answers():
         raise RunError(f"repository {repository}", "the Hugging Face Hub does not answer", "try again once connected")
-    added = {CARD: card.encode(), **{path.name: path for path in files}}
+    added = {CARD: card.encode(), **{path.relative_to(folder).as_posix(): path for path in files}}
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phinetune.adapter.load import load_adapter
 from phinetune.adapter.peft_format import CONFIG_FILE, read_adapter, read_chat_format
 from phinetune.data import chat_fingerprint
@@ -17,6 +19,7 @@ def is_adapter(path: str | Path) -> bool:
 
 def run_folders(folder: Path) -> list[Path]:
     """The folder itself and, for a checkpoint, the run it belongs to."""
+    folder = folder.absolute()  # `.` has a name, too
     return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
 
 
@@ -28,6 +31,12 @@ def recipe_of(run: Path) -> Recipe | None:
     return None
 
 
+def device_of(run: Path) -> torch.device:
+    """Where a run would be made on this machine: it may have asked to stay off a GPU."""
+    recipe = recipe_of(run)
+    return pick_device(use_cpu=recipe is not None and recipe.training_config.use_cpu)
+
+
 def base_of(folder: Path, kwargs: ModelKwargs, base: str | None = None) -> tuple[str, ModelKwargs]:
     """The base model of an adapter and where it is, in the revision that the adapter was made for.
 
@@ -37,7 +46,8 @@ def base_of(folder: Path, kwargs: ModelKwargs, base: str | None = None) -> tuple
     config, _ = read_adapter(folder)
     base = base or config.get("base_model_name_or_path")
     if not base:
-        raise AdapterError(str(folder), "doesn't say which base model it belongs to", "name it with --base")
+        mend = f"write base_model_name_or_path into its {CONFIG_FILE}"
+        raise AdapterError(str(folder), "doesn't say which base model it belongs to", mend)
     revision = config.get("revision")
     if base == smollm2.NAME and revision not in (None, smollm2.GGUF_SHA256):
         raise AdapterError(str(folder), f"was made for another {base} ({revision})", "tune it again")
@@ -45,9 +55,13 @@ def base_of(folder: Path, kwargs: ModelKwargs, base: str | None = None) -> tuple
 
 
 def load_tuned(
-    folder: str | Path, kwargs: ModelKwargs, base: str | None = None, allow_template_mismatch: bool = False
+    folder: str | Path,
+    kwargs: ModelKwargs,
+    base: str | None = None,
+    allow_template_mismatch: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of an adapter folder.
+    """(model, tokenizer) of an adapter folder; on the device that the run was made on, unless another is named.
 
     The tokenizer and its chat template are those saved beside the adapter (or, for a checkpoint, beside the run),
     else the base's.
@@ -62,7 +76,7 @@ def load_tuned(
     tokenizer = load_tokenizer(str(own[0]) if own else base, kwargs)
     if not allow_template_mismatch:
         _check_chat_format(folder, tokenizer)
-    model = load_model(base, kwargs, pick_device(use_cpu=False))
+    model = load_model(base, kwargs, device or device_of(folder))
     load_adapter(model, folder, fused_parts(model.config))
     return model.eval(), tokenizer
 

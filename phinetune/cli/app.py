@@ -47,6 +47,14 @@ def main() -> None:
         where = error.filename or "phinetune"
         print(f"error: {where}: {error.strerror or error}; make room or give another path", file=sys.stderr)
         code = 1
+    except (RuntimeError, MemoryError) as error:
+        from phinetune.kernels.allocator import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())
+        print(f"error: memory: was refused ({said}); `phinetune plan` says what needs less", file=sys.stderr)
+        code = 1
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one that comes now ends the process without a traceback
     sys.exit(code)
 
@@ -80,7 +88,7 @@ def demo(
 
 @app.command()
 def init(
-    data: Annotated[Path, typer.Argument(help='Your chats: JSON Lines, one {"messages": [...]} a line.')],
+    data: Annotated[Path, typer.Argument(help="Your chats, in any format that `data check` reads.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write.")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="Model to tune; chosen by the machine's memory by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that is there.")] = False,

@@ -22,12 +22,14 @@ def run_chat(
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.data import Renderer
     from phinetune.generate import stream
+    from phinetune.train.estimate import has_room_to_fold
 
     quiet_libraries()
     if compare and not is_adapter(run):
         raise AdapterError(run, "is no adapter, so there is nothing to compare with its base", "give a run's folder")
     model, tokenizer = load(run, allow_template_mismatch=allow_mismatch)
-    lora.fuse(model)
+    if has_room_to_fold(model):
+        lora.fuse(model)
     recipe = recipe_of(Path(run)) if is_adapter(run) else None
     renderer = Renderer.of(tokenizer, recipe.data if recipe else None)
 

@@ -29,6 +29,7 @@ def run_evaluate(
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.data import Renderer
     from phinetune.evaluate import compare, held_out
+    from phinetune.train.estimate import has_room_to_fold
 
     quiet_libraries()
     recipe = recipe_of(run)
@@ -47,6 +48,7 @@ def run_evaluate(
         evaluation,
         recipe.data.max_batch_tokens if recipe else 1024,
         config.per_device_eval_batch_size if config else 32,
+        fold=has_room_to_fold(model),
         seed=seed,
     )
     if as_json:

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phinetune.adapter import load_tuned, run_folders
 from phinetune.data import prepare
 from phinetune.errors import DataError
 from phinetune.evaluate.loss import evaluate_loss
-from phinetune.recipe import FROM_PYTHON, DataConfig, Recipe
+from phinetune.kernels.allocator import is_out_of_memory
+from phinetune.recipe import FROM_PYTHON, DataConfig, ModelKwargs, Recipe
 
 
 def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None = None) -> tuple[Any, Any]:
@@ -52,9 +55,17 @@ def dequantised_is_better(
     losses = {}
     for name, in_4bit in (("the base as it was", False), ("the base as 4 bits leave it", True)):
         kwargs = recipe.model_kwargs.model_copy(update={"load_in_4bit": in_4bit})
-        model, tokenizer = load_tuned(run, kwargs, allow_template_mismatch=allow_template_mismatch)
-        examples, _ = held_out(run, recipe, tokenizer, data)
-        losses[in_4bit] = evaluate_loss(model, examples, recipe.data.max_batch_tokens)["eval_loss"]
+
+        def loss(device: torch.device | None, kwargs: ModelKwargs = kwargs) -> float:
+            model, tokenizer = load_tuned(run, kwargs, None, allow_template_mismatch, device)
+            examples, _ = held_out(run, recipe, tokenizer, data)
+            return evaluate_loss(model, examples, recipe.data.max_batch_tokens)["eval_loss"]
+
+        try:
+            losses[in_4bit] = loss(None)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            losses[in_4bit] = loss(torch.device("cpu"))  # a GPU that holds 4 bits may not hold 16
         say(f"held-out loss on {name + ':':30} {losses[in_4bit]:.4f}")
-        del model
     return losses[True] <= losses[False]

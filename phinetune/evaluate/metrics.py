@@ -127,17 +127,30 @@ def json_fields(answer: str, expected: str) -> float:
     """1 or 0 for what isn't an object, by whether both are the same value."""
     got, should = _parsed(answer), _parsed(expected)
     if not isinstance(should, dict) or not should:
-        return float(got == should and got is not _NO_JSON)
-    alike = sum(1 for name in should if isinstance(got, dict) and name in got and got[name] == should[name])
+        return float(got is not _NO_JSON and _is_same(got, should))
+    alike = sum(1 for name in should if isinstance(got, dict) and name in got and _is_same(got[name], should[name]))
     return alike / len(should)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """As JSON has it: 1 is 1.0, and true is neither."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_same(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 _NO_JSON = object()
 
 
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):
         return _NO_JSON
 

@@ -105,7 +105,7 @@ def _quantise(loaded: Any, model: str, kwargs: ModelKwargs, device: torch.device
     if asked == "8 bits" and device.type == "cpu":
         quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.vocab_size))
     else:
-        quantise_by_bitsandbytes(loaded.to(device), kwargs)
+        quantise_by_bitsandbytes(loaded, kwargs, device)
 
 
 def _config(model: str, source: "_Source") -> Any:

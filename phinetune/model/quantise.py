@@ -44,9 +44,11 @@ class Quantised(NamedTuple):
     """How they are kept, in words."""
 
 
-def quantise_by_bitsandbytes(model: nn.Module, kwargs: ModelKwargs) -> None:
-    """4 or 8 bits in the place of the weight of every `nn.Linear` but the output head, which is left with the norms and
-    embeddings as it was.
+def quantise_by_bitsandbytes(model: nn.Module, kwargs: ModelKwargs, device: torch.device) -> None:
+    """4 or 8 bits on `device` in the place of the weight of every `nn.Linear` but the output head, which is left with
+    the norms and embeddings as it was.
+
+    A weight at a time goes there: a GPU may be too small for the model as it was.
 
     Raises:
         ModelError: if bitsandbytes isn't installed, or the model has no such layer.
@@ -59,7 +61,8 @@ def quantise_by_bitsandbytes(model: nn.Module, kwargs: ModelKwargs) -> None:
         raise ModelError(where, what, "pip install 'phinetune[qlora]'") from None
     layers = list(_linear_layers(model))
     for _, layer in layers:
-        few_bits = in_4bit(layer.weight, kwargs) if kwargs.load_in_4bit else bnb.quantise_8bit(layer.weight)
+        weight = layer.weight.to(device)
+        few_bits = in_4bit(weight, kwargs) if kwargs.load_in_4bit else bnb.quantise_8bit(weight)
         layer.weight = nn.Parameter(few_bits, requires_grad=False)
     if not layers:
         raise ModelError(where, "none of its layers is an nn.Linear that could be quantised", "leave it out")

@@ -22,7 +22,8 @@ def model_card(run: str | Path, repository: str, merged: bool = False) -> str:
     with naming_damage(Path(run)):
         model = str(found.settings.get("model", found.summary.get("model", "")))
         base = EMBEDDED.get(model, model)
-        on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+        on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not base.endswith(".gguf")
+        on_hub = on_hub and not Path(base).exists()
         values: dict[str, Any] = {
             "run": found,
             "repository": repository,

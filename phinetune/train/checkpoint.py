@@ -63,7 +63,8 @@ def save_checkpoint(
     keep: int | None,
     best: int | None = None,
 ) -> Path:
-    """Writes `folder/checkpoint-STEP`, then removes the oldest beyond `keep`, but not that of step `best`.
+    """Writes `folder/checkpoint-STEP`, then removes those of later steps, which are of a life that was given up for an
+    earlier checkpoint, and the oldest beyond `keep`, but not that of step `best`.
 
     Raises:
         RunError: if the disk has no room for it, or something in it isn't finite; what was there stays as it was.
@@ -96,10 +97,11 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    if keep is not None:
-        for old in list_checkpoints(folder)[max(keep, MINIMUM_KEPT) :]:
-            if old != checkpoint_of(folder, best):
-                shutil.rmtree(old, ignore_errors=True)
+    there = list_checkpoints(folder)
+    later, own = there[: there.index(final)], there[there.index(final) :]
+    for old in [*later, *own[len(own) if keep is None else max(keep, MINIMUM_KEPT) :]]:
+        if old != checkpoint_of(folder, best):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -155,15 +155,16 @@ def train(
             if rehearsal:
                 rehearse(loop, tokenizer, data, checkpoint)
             _announce(loop, data, threads)
-            with MetricsWriter(loop.recipe, folder, begun, loop.step) as metrics:
+            is_evaluated = loop.best.evaluated_behind == loop.step
+            with MetricsWriter(loop.recipe, folder, begun, loop.step, is_evaluated) as metrics:
                 loop.run(metrics)
 
                 with signals.deferred():
-                    loop.load_best()
+                    is_of_last_step = not loop.load_best()
                     loop.save_adapter()
-                with _ending_at_once(loop):
+                with _ending_at_once(loop, is_of_last_step):
                     comparison = _compare(loop, tokenizer, data) if data.eval else None
-                if comparison is not None:
+                if comparison is not None and is_of_last_step:
                     with signals.deferred():
                         loop.write_last_evaluation(metrics, comparison.tuned)
             with signals.deferred():
@@ -232,7 +233,12 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     where = f"output_dir {folder}"
     if folder.is_file():
         raise RecipeError(where, "is a file", "give a folder")
-    if resume or not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if resume:
+        is_run = (folder / ABOUT).is_file() or list_checkpoints(folder)
+        if not is_run and any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
+            raise RecipeError(where, "holds no run of phinetune's that could be resumed", "give that run's output_dir")
         return
     if not overwrite:
         raise RecipeError(where, "is not empty", "use --resume, --overwrite or another output_dir")
@@ -241,13 +247,14 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 @contextmanager
-def _ending_at_once(loop: Loop) -> Iterator[None]:
-    """A signal in this block, behind the last step, ends it, with a checkpoint from which it is done again."""
+def _ending_at_once(loop: Loop, is_of_last_step: bool) -> Iterator[None]:
+    """A signal in this block, behind the last step, ends it, with a checkpoint from which it is done again: that of the
+    last step, or of the best one, whose adapter is in the model then."""
     try:
         loop.signals.check()
         yield
     except Interrupted as interrupted:
-        if not checkpoint_of(loop.folder, loop.step).is_dir():
+        if is_of_last_step and not checkpoint_of(loop.folder, loop.step).is_dir():
             loop.save()
         what = f"stopped by {interrupted} in the evaluation behind the last step, with everything trained"
         raise Stopped(f"step {loop.step}", what, "go on with --resume", interrupted.number) from None
@@ -285,8 +292,9 @@ def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh:
         _remove_run(folder)
     about = _about(folder, recipe)
     with naming_full_disk(folder):
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        # First, since a folder that has it is known as a run's, however early that was killed.
         write_text(folder / ABOUT, json.dumps(about, indent=2, default=lambda value: value.model_dump()) + "\n")
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
         write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
         tokenizer.save_pretrained(folder)
     with run_log(folder, recipe.training_config.log_level):

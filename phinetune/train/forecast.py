@@ -12,6 +12,8 @@ the lines are read at the model's number.  A model that doesn't fit here can be 
 """
 
 import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +36,7 @@ from phinetune.model.memory import mapped_bytes
 from phinetune.recipe import Recipe, dump_recipe, load_recipe
 from phinetune.train.checkpoint import MINIMUM_KEPT, checkpoint_bytes
 from phinetune.train.finetune import largest_batch, make_loop
-from phinetune.train.loop import Loop
+from phinetune.train.loop import Loop, due
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import trainable_parameters
 from phinetune.train.rehearsal import longest_rows, rehearse
@@ -82,6 +84,18 @@ class Needs:
         return replace(line, rehearsed=other.rehearsed + line.loaded - other.loaded)
 
 
+class Room(NamedTuple):
+    """Bytes."""
+
+    free: float
+    """All that must lie in memory, mapped weights among it."""
+    most: float
+    """What a run is to stay below (`max_memory_gb`), which is counted as its peak is: without mapped weights."""
+
+    def holds(self, needs: Needs) -> bool:
+        return needs.peak + needs.mapped <= self.free and needs.peak <= self.most
+
+
 def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     """All that `phinetune plan` says.
 
@@ -101,14 +115,16 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     tokens = int(data.train.lengths[steps.rows_from(0)].sum())
     config = load_config(recipe.model, recipe.model_kwargs)
     layers = int(config.num_hidden_layers)
-    limit = free if training.max_memory_gb is None else min(free, training.max_memory_gb * 1e9)
-
     lines = _Lines(recipe, layers, int(config.hidden_size))
-    recomputed = _recomputed(recipe, lines, limit, on_gpu=rate is not None)
+    room = Room(free, math.inf if training.max_memory_gb is None else training.max_memory_gb * 1e9)
+    recomputed = _recomputed(recipe, lines, room, on_gpu=rate is not None)
     needs = lines.at(recomputed)
     if rate is not None:
         needs = _on_gpu(needs, rate, recomputed / layers)
-    kept = min(_saves(recipe, len(steps)), max(training.save_total_limit or 1 << 30, MINIMUM_KEPT) + 1)
+    saves = due(training.save_strategy, training.save_steps, len(steps), steps.epoch_ends) | {len(steps)}
+    kept = min(
+        0 if training.save_strategy == "no" else len(saves), max(training.save_total_limit or 1 << 30, MINIMUM_KEPT) + 1
+    )
     batch = largest_batch(data, recipe.data.max_batch_tokens)
     found = {
         "model": recipe.model,
@@ -123,8 +139,8 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         "gb": {name: round(size / 1e9, 3) for name, size in _parts(needs, lines, recomputed).items()},
         "mapped_gb": round(needs.mapped / 1e9, 3),
         "peak_gb": round(needs.peak / 1e9, 3),
-        "free_gb": round(limit / 1e9, 3),
-        "fits": needs.peak + needs.mapped <= limit,
+        "free_gb": round(min(room) / 1e9, 3),
+        "fits": room.holds(needs),
         "steps": len(steps),
         "tokens": tokens,
         "seconds_a_step": round(needs.seconds * tokens / len(steps), 3),
@@ -168,7 +184,7 @@ class _Lines:
         return (needs.stepping - none.stepping) - (needs.loaded - none.loaded) - 12 / 4 * (needs.trained - none.trained)
 
 
-def _recomputed(recipe: Recipe, lines: _Lines, limit: float, on_gpu: bool) -> int:
+def _recomputed(recipe: Recipe, lines: _Lines, room: Room, on_gpu: bool) -> int:
     """How many layers are recomputed: as the recipe says, or the fewest that make the run fit."""
     training = recipe.training_config
     if training.gradient_checkpointing:
@@ -176,20 +192,19 @@ def _recomputed(recipe: Recipe, lines: _Lines, limit: float, on_gpu: bool) -> in
     if training.gradient_checkpointing_layers != "auto":
         return min(training.gradient_checkpointing_layers, lines.layers)
     counts = range(lines.layers + 1)
-    return next((n for n in counts if _taken(lines.at(n), on_gpu) <= limit), lines.layers)
+    return next((n for n in counts if room.holds(_moved(lines.at(n)) if on_gpu else lines.at(n))), lines.layers)
 
 
-def _taken(needs: Needs, on_gpu: bool) -> float:
-    """All that must lie in memory."""
-    return needs.peak + needs.mapped - (needs.process - CONTEXT if on_gpu else 0)
+def _moved(needs: Needs) -> Needs:
+    """To a GPU: weights that are mapped here lie in its memory, and the process in this machine's."""
+    taken = needs.peak + needs.mapped - needs.process + CONTEXT
+    return replace(needs, process=CONTEXT, stepping=taken, rehearsed=0.0, mapped=0.0)
 
 
 def _on_gpu(needs: Needs, rate: float, recomputed: float) -> Needs:
     """Memory as it is measured here, time by the device's rate: 4 FLOP a weight and token, 2 more where recomputed."""
     flop = (4 + 2 * recomputed) * needs.weights / 2
-    seconds = flop / (rate * SHARE_ON_A_GPU)
-    taken = _taken(needs, on_gpu=True)
-    return replace(needs, process=CONTEXT, stepping=taken, rehearsed=0.0, mapped=0.0, seconds=seconds)
+    return replace(_moved(needs), seconds=flop / (rate * SHARE_ON_A_GPU))
 
 
 def _parts(needs: Needs, lines: _Lines, recomputed: int) -> dict[str, float]:
@@ -218,20 +233,12 @@ def _advice(recipe: Recipe, found: dict[str, Any], needs: Needs, longest: int) -
         advice.append("a higher training_config.max_memory_gb")
     if found["recomputed_layers"] < found["layers"]:
         advice.append("training_config.gradient_checkpointing=true: layers keep their input alone")
-    if not recipe.model_kwargs.load_in_8bit:
-        saved = needs.weights * 0.4 / 1e9
-        advice.append(f"model_kwargs.load_in_8bit=true: about {saved:.1f} GB less, on a CPU")
+    if not (recipe.model_kwargs.load_in_8bit or recipe.model_kwargs.load_in_4bit):
+        half, quarter = (share * needs.weights / 1e9 for share in (0.4, 0.65))
+        advice.append(f"model_kwargs.load_in_8bit=true: about {half:.1f} GB less")
+        advice.append(f"model_kwargs.load_in_4bit=true: about {quarter:.1f} GB less, by bitsandbytes")
     advice.append(f"data.max_length={max(longest // 2, 128)}: rows that are longer are left out, and listed")
     return [*advice, "a smaller model"]
-
-
-def _saves(recipe: Recipe, steps: int) -> int:
-    """How many checkpoints a run writes at most."""
-    training = recipe.training_config
-    if training.save_strategy == "no":
-        return 0
-    every = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
-    return max(1, round(steps / every)) if training.save_strategy == "steps" else int(training.num_train_epochs) + 1
 
 
 def _device(name: str | None, use_cpu: bool) -> tuple[float, float | None]:
@@ -258,7 +265,9 @@ def _in_a_process(recipe: Recipe, layers: int, recomputed: bool) -> Needs:
         asked = recipe.model_copy(update={"training_config": training, "peft_config": peft})
         path.write_text(dump_recipe(asked), encoding="utf-8")
         command = [sys.executable, "-m", "phinetune.train.forecast", str(path), str(layers)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        token = recipe.model_kwargs.token  # is in no recipe that is written
+        environment = {**os.environ, **({"HF_TOKEN": token} if token else {})}
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines, said = ran.stdout.strip().splitlines(), [line for line in ran.stderr.splitlines() if line.strip()]
     if ran.returncode != 0 or not lines:
         reason = said[-1].removeprefix("error: ") if said else f"it ended with {ran.returncode}"

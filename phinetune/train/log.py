@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,12 +63,18 @@ class _Screen(logging.Handler):
 
 
 class MetricsWriter:
-    """A JSON object a line in metrics.jsonl, and the same numbers to the trackers of `report_to`."""
+    """A JSON object a line in metrics.jsonl, and the same numbers to the trackers of `report_to`.
 
-    def __init__(self, recipe: Recipe, folder: Path, begun: str, first_step: int) -> None:
+    Args:
+        begun: when the run began.
+        first_step: behind which it goes on.
+        is_evaluated: whether the evaluation behind that step, where there is one, is done with.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, begun: str, first_step: int, is_evaluated: bool) -> None:
         self._path = folder / METRICS
         if first_step > 0 and self._path.exists():
-            self._forget_after(first_step)
+            self._forget_after(first_step, is_evaluated)
         self._file = self._path.open("ab" if first_step > 0 else "wb", buffering=0)  # a line is written or isn't
         self._trackers = Trackers(recipe, folder, begun, first_step)
 
@@ -85,10 +92,15 @@ class MetricsWriter:
         self._file.close()
         self._trackers.close()
 
-    def _forget_after(self, step: int) -> None:
-        """A resumed run writes the steps after its checkpoint again."""
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    def _forget_after(self, step: int, is_evaluated: bool) -> None:
+        """A resumed run writes the steps after its checkpoint again, and what it has still to evaluate."""
+
+        def stays(line: str) -> bool:
+            written = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+            again = "eval_loss" in written and not is_evaluated
+            return bool(written["step"] < step or (written["step"] == step and not again))
+
+        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True) if stays(line)]
         with replacing(self._path, sum(map(len, kept))) as work:
             work.write_text("".join(kept), encoding="utf-8")
 

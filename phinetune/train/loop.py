@@ -52,14 +52,14 @@ def training_step(
         OutOfMemory: before the update, if memory was refused; gradients are zero.
     """
     parameters = list(trainable_parameters(model).values())
-    for parameter in parameters:
-        if parameter.grad is None:  # kept for the whole run: made among activations they leave holes in the heap
-            parameter.grad = torch.zeros_like(parameter)
     supervised = supervised_tokens(examples)
     if not supervised:
         raise ValueError("no token of the step's rows is supervised")
     loss = 0.0
     try:
+        for parameter in parameters:
+            if parameter.grad is None:  # kept for the whole run: made among activations they leave holes in the heap
+                parameter.grad = torch.zeros_like(parameter)
         for number, batch in enumerate(flat_batches(model, examples, max_batch_tokens)):
             torch.manual_seed(derive_seed(*seed, number))
             batch_loss = loss_sum(model, batch.to(model.device)) / supervised
@@ -156,9 +156,9 @@ class Loop:
         self.max_batch_tokens = self.recipe.data.max_batch_tokens  # fewer, once memory was refused
         epoch_ends = self.steps.epoch_ends
         eval_steps = config.eval_steps or config.logging_steps
-        self._log_at = _due(config.logging_strategy, config.logging_steps, total, epoch_ends) | {total}
-        self._eval_at = _due(config.eval_strategy, eval_steps, total, epoch_ends)
-        self._save_at = _due(config.save_strategy, config.save_steps, total, epoch_ends)
+        self._log_at = due(config.logging_strategy, config.logging_steps, total, epoch_ends) | {total}
+        self._eval_at = due(config.eval_strategy, eval_steps, total, epoch_ends)
+        self._save_at = due(config.save_strategy, config.save_steps, total, epoch_ends)
         if config.logging_strategy == "no":
             self._log_at = set()
         elif config.logging_first_step:
@@ -184,7 +184,7 @@ class Loop:
         self.model.train()
         bar = ProgressBar("training", len(self.steps), not config.disable_tqdm, self.step)
         with self.signals.deferred(), bar:
-            self._evaluate_if_due(metrics)  # on start, or what a signal left undone
+            self._evaluate_ifdue(metrics)  # on start, or what a signal left undone
             while self.step < len(self.steps) and not self.best.is_exhausted:
                 examples = [self.train[row] for row in self.steps[self.step]]
                 learning_rate = self.learning_rate_at(self.step)
@@ -199,7 +199,7 @@ class Loop:
                 if self.step in self._log_at:
                     metrics.write(self._log_line(learning_rate))
                 try:
-                    self._evaluate_if_due(metrics)
+                    self._evaluate_ifdue(metrics)
                 except Interrupted:  # taken again behind the checkpoint
                     pass
                 ended_early = self.best.is_exhausted and config.save_strategy != "no"
@@ -302,7 +302,7 @@ class Loop:
         )
         return line
 
-    def _evaluate_if_due(self, metrics: MetricsWriter) -> None:
+    def _evaluate_ifdue(self, metrics: MetricsWriter) -> None:
         """
         Raises:
             Interrupted: where a signal has come meanwhile; the evaluation still is to be taken.
@@ -323,10 +323,8 @@ class Loop:
             "max_batch_tokens": self.max_batch_tokens,
             "identity": self.identity,
         }
-        limit = self.recipe.training_config.save_total_limit
-        path = save_checkpoint(
-            self.folder, self.step, self.model, self.optimizer, state, self.base, limit, self.best.step
-        )
+        limit, best = self.recipe.training_config.save_total_limit, self.best.step if self.best.keeps else None
+        path = save_checkpoint(self.folder, self.step, self.model, self.optimizer, state, self.base, limit, best)
         log.info(f"wrote {path}")
 
     def save_adapter(self) -> None:
@@ -334,20 +332,22 @@ class Loop:
         base = self.base
         save_adapter(self.model, self.folder, base.model, base.revision, chat_format=base.chat_format)
 
-    def load_best(self) -> None:
-        """Puts the adapter back that evaluated best, where `load_best_model_at_end` asks for it."""
+    def load_best(self) -> bool:
+        """Puts the adapter back that evaluated best, where `load_best_model_at_end` asks for it; whether it has put one
+        in the place of the last step's."""
         config, step = self.recipe.training_config, self.best.step
         if not config.load_best_model_at_end or step in (None, self.step):
-            return
+            return False
         try:
             load_checkpoint(checkpoint_of(self.folder, step), self.model)
         except CheckpointError as error:
             log.warning(f"load_best_model_at_end: {error}; the last adapter is kept")
-            return
+            return False
         log.info(f"the adapter of step {step} is kept: {self.best.words}")
+        return True
 
 
-def _due(strategy: str, every: float, total: int, epoch_ends: set[int]) -> set[int]:
+def due(strategy: str, every: float, total: int, epoch_ends: set[int]) -> set[int]:
     """The steps at which a strategy asks for something."""
     if strategy == "steps":
         each = interval(every, total)

@@ -74,6 +74,10 @@ def test_corpus_metrics_are_sacrebleus_own(metric, name):
         ("json_fields", "[1, 2]", '{"a": 1}', 0),
         ("json_fields", "[1, 2]", "[1, 2]", 1),
         ("json_fields", "broken", "broken too", 0),
+        ("json_valid", '{"a": NaN}', "", 0),
+        ("json_fields", '{"a": true, "b": 2.0}', '{"a": 1, "b": 2}', 1 / 2),
+        ("json_fields", '{"a": [1, {"b": true}]}', '{"a": [1, {"b": 1}]}', 0),
+        ("json_fields", '{"a": [1, {"b": null}]}', '{"a": [1.0, {"b": null}]}', 1),
     ],
 )
 def test_scores_by_hand(metric, answer, expected, score):
@@ -119,6 +123,11 @@ def test_a_function_of_the_users(tmp_path):
         measure(f"{file}:width", ["ab"], ["ab"], ["ab"])
     with pytest.raises(RecipeError, match="is no Python file"):
         measure(f"{tmp_path}/none.py:length", ["ab"], ["ab"], ["ab"])
+
+
+def test_a_file_without_a_function_is_known_before_anything_is_loaded():
+    with pytest.raises(RecipeError, match=r"score\.py.*must be one of .* or FILE\.py:NAME"):
+        make_recipe({"model": "smollm2", "data": {"train": "a"}, "evaluation": {"metrics": ["score.py"]}})
 
 
 def test_a_name_that_is_none():

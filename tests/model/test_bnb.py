@@ -125,7 +125,7 @@ def test_copies_stay_in_4_bits():
 
 def in_few_bits(family, bits=4, **kwargs):
     model = tiny_model(family)
-    quantise_by_bitsandbytes(model, ModelKwargs(**{f"load_in_{bits}bit": True}, **kwargs))
+    quantise_by_bitsandbytes(model, ModelKwargs(**{f"load_in_{bits}bit": True}, **kwargs), torch.device("cpu"))
     return model
 
 

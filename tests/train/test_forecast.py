@@ -10,7 +10,7 @@ from conftest import tiny_model
 
 from phinetune.errors import RecipeError
 from phinetune.recipe import make_recipe
-from phinetune.train.forecast import Needs, _device, forecast
+from phinetune.train.forecast import Needs, Room, _device, forecast
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,13 @@ def test_a_line_through_two_measurements():
     assert more.peak == 10, "a layer that is merged needs more than its steps"
 
 
+def test_mapped_weights_need_memory_and_are_no_part_of_the_peak():
+    needs = Needs(1, loaded=2, weights=10, mapped=8, trained=1, stepping=7, rehearsed=6, checkpoint=3, seconds=0.2)
+    assert Room(free=15, most=7).holds(needs), "max_memory_gb is counted as a run's peak is"
+    assert not Room(free=14, most=7).holds(needs)
+    assert not Room(free=15, most=6).holds(needs)
+
+
 def test_devices():
     assert _device("16GB", use_cpu=True) == (16e9, None)
     assert _device("H100", use_cpu=True) == (80e9, 989e12)
@@ -106,7 +113,9 @@ def test_a_machine_that_is_too_small(recipe):
     assert not found["fits"]
     assert found["recomputed_layers"] == found["layers"], "what can be recomputed is"
     assert found["advice"][-1] == "a smaller model"
-    assert any("load_in_8bit" in line for line in found["advice"])
+    assert [line for line in found["advice"] if "load_in_8bit" in line or "load_in_4bit" in line]
+    found = forecast(load_recipe(recipe, ["load_in_4bit=true"])[0], "0.1GB")
+    assert not [line for line in found["advice"] if "load_in_" in line], "it is in 4 bits"
 
 
 def test_standard_input_cannot_be_planned():

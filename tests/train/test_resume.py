@@ -112,7 +112,8 @@ def test_killed_in_mid_accumulation_and_resumed_gives_the_same_bytes(recipe, tmp
 
 @pytest.mark.slow
 def test_verify_resume_proves_it_on_any_recipe(recipe):
-    command = [sys.executable, "-m", "phinetune", "verify-resume", str(recipe), "--seed", "3", "--json"]
+    watched = ["eval_strategy=epoch", "load_best_model_at_end=true", "early_stopping_patience=2"]
+    command = [sys.executable, "-m", "phinetune", "verify-resume", str(recipe), *watched, "--seed", "3", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["equal"]

@@ -266,6 +266,41 @@ def test_early_stopping_keeps_the_best_adapter(tmp_path, tiny_llama_folder, chat
     assert result.summary["steps"] == max(evaluated) == best + 3 * 2 < 180
     assert (folder / f"checkpoint-{best}").is_dir()
     assert result.summary["tuned"]["eval_loss"] == pytest.approx(evaluated[best], rel=1e-4)
+    assert len(evaluated) == sum("eval_loss" in line for line in lines), "the best one isn't drawn at the last step"
+
+
+def test_a_finished_run_that_is_resumed_evaluates_its_last_step_once(tmp_path, tiny_llama_folder, chats):
+    for resume in (False, True):
+        phinetune.finetune(
+            model=str(tiny_llama_folder), train=str(chats), eval=0.1, resume=resume, rehearsal=False,
+            training_config={**TINY, "output_dir": str(tmp_path / "run"), "max_steps": 2},
+        )  # fmt: skip
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "eval_loss" in line] == [2]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+def test_a_folder_of_somebody_elses_is_not_resumed_into(tmp_path, tiny_llama_folder, chats):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("# my own words")
+    config = {**TINY, "output_dir": str(folder)}
+    with pytest.raises(RecipeError, match="holds no run of phinetune's that could be resumed"):
+        phinetune.finetune(model=str(tiny_llama_folder), train=str(chats), training_config=config, resume=True)
+    assert [path.read_text() for path in folder.iterdir()] == ["# my own words"]
+
+
+def test_going_on_from_an_earlier_checkpoint_gives_up_the_later_ones(tmp_path):
+    model = tiny_model("llama")
+    adapt_model(model, PeftConfig(r=4), seed=1)
+    optimizer = make_optimizer(model, TrainingConfig(), PeftConfig())
+
+    def save(step, best=None):
+        save_checkpoint(tmp_path, step, model, optimizer, {}, Base("tiny", None), keep=2, best=best)
+        return sorted(int(path.name.partition("-")[2]) for path in tmp_path.iterdir())
+
+    assert [save(2), save(4), save(6), save(8, best=4)] == [[2], [2, 4], [4, 6], [4, 6, 8]]
+    assert save(5, best=4) == [4, 5], "not 6 and 8, which the next resumption would take for its own"
 
 
 def test_what_decides_needs_evaluations(tmp_path, tiny_llama_folder, chats):
