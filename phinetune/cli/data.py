@@ -10,6 +10,7 @@ from typing import Any
 
 from phinetune.errors import DataError, RecipeError
 from phinetune.recipe import Recipe, load_recipe, make_recipe
+from phinetune.recipe.load import yaml_value
 
 WIDTH = 40  # of a histogram's longest bar
 
@@ -74,7 +75,7 @@ def _asked(what: Sequence[str], model: str | None) -> tuple[Recipe, Any]:
         recipe, words = make_recipe(given, where="data")
         for setting in settings:
             name, _, value = setting.partition("=")
-            given["data"][name.removeprefix("data.")] = _yaml(value)
+            given["data"][name.removeprefix("data.")] = yaml_value(value)
         recipe, words = make_recipe(given, where="data")
 
     from phinetune.cli.quiet import quiet_libraries
@@ -84,15 +85,6 @@ def _asked(what: Sequence[str], model: str | None) -> tuple[Recipe, Any]:
     for word in words:
         print(word, file=sys.stderr)
     return recipe, load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _print(name: str, source: Any, recipe: Recipe) -> None:

@@ -31,7 +31,7 @@ training_config:                  # names of TrainingArguments
   warmup_steps: 0.05              # below 1: a share of all steps
   num_train_epochs: {epochs}             # passes over the rows
   per_device_train_batch_size: {batch}  # rows an update
-  gradient_checkpointing: {checkpointing}    # true: less memory, a third more work
+  gradient_checkpointing_layers: auto   # as few layers are recomputed as the memory asks for
   logging_steps: 10
   eval_strategy: epoch            # the held-out loss after each pass
   save_strategy: epoch            # resume with: phinetune train {output} --resume
@@ -85,7 +85,6 @@ def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -
         output_dir=_yaml(f"runs/{data.stem}"),
         epochs=3 if len(rows) < 5000 else 1,
         batch=4 if len(rows) < 1000 else 8,
-        checkpointing="false" if model == "smollm2" else "true",
     )
     output.write_text(text, encoding="utf-8")
     print(f"{data}: {len(rows)} chats can be used, {len(rejected)} can't")

@@ -1,6 +1,7 @@
 """`phinetune plan`"""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ HEADINGS = {"process": "Python, libraries, data", "optimizer": "optimiser"}
 
 
 def run_plan(recipe: Path, overrides: Sequence[str], device: str | None, as_json: bool) -> None:
-    loaded, _ = load_recipe(recipe, overrides)
+    loaded, words = load_recipe(recipe, overrides)
+    for word in words:
+        print(word, file=sys.stderr)
 
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.train.forecast import forecast

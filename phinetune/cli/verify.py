@@ -1,6 +1,7 @@
 """`phinetune verify-resume`"""
 
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from phinetune.recipe import load_recipe
 
 
 def run_verify_resume(recipe: Path, overrides: Sequence[str], seed: int | None, as_json: bool) -> None:
-    load_recipe(recipe, overrides)  # what is wrong with it is said at once
+    _, words = load_recipe(recipe, overrides)  # what is wrong with it is said at once
+    for word in words:
+        print(word, file=sys.stderr)
 
     from phinetune.train.verify import STEPS, verify_resume
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from phinetune.data.formats import Rejected, Row
 from phinetune.data.render import PARTS, Example
+from phinetune.disk import write_text
 
 MANIFEST = "manifest.json"
 
@@ -107,7 +108,7 @@ class StoreWriter:
         for path in self.folder.iterdir():  # behind a power cut a manifest must not stand before what it names
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        (self.folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        write_text(self.folder / MANIFEST, json.dumps(manifest))
 
 
 class Store:
@@ -116,7 +117,12 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        with np.load(folder / "examples.npz") as examples, np.load(folder / "rows.npz") as rows:
+        with (  # files of our own, since numpy leaves one that is damaged open
+            (folder / "examples.npz").open("rb") as of_examples,
+            (folder / "rows.npz").open("rb") as of_rows,
+            np.load(of_examples) as examples,
+            np.load(of_rows) as rows,
+        ):
             self.lengths, self.supervised, self.parts = (examples[name] for name in EXAMPLE_ARRAYS)
             self.number, self.hash, self.findings, self.examples = (rows[name] for name in ROW_ARRAYS)
             self.file, self._bytes = rows["from_file"], rows["bytes"]

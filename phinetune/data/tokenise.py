@@ -12,6 +12,7 @@ import queue
 import shutil
 import tempfile
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -123,9 +124,10 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
     if (folder / MANIFEST).is_file():
         with suppress(OSError):  # somebody else's, whom it is to be read by all the same
             os.utime(folder)
-        store = Store(folder)
-        if store.is_whole():
-            return store
+        with suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            store = Store(folder)
+            if store.is_whole():
+                return store
         log.warning(f"tokenised data in {folder} is damaged: it is made again")
         shutil.rmtree(folder, ignore_errors=True)
     try:

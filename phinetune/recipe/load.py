@@ -1,6 +1,7 @@
 """From a YAML file, `key=value` overrides or Python dictionaries to a checked `Recipe`."""
 
 import dataclasses
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from phinetune.errors import RecipeError
 from phinetune.recipe.names import SECTIONS, current_name, known_names, nearest, settle, unfold
 from phinetune.recipe.schema import ModelKwargs, Recipe
 
+LENGTHS = ("max_length", "max_seq_length")  # of rows, in SFTConfig objects
 FREE_SECTIONS = ("tokenizer_kwargs",)  # passed on as they are
 LARGEST = 1 << 20  # bytes of a recipe
 
@@ -135,10 +137,7 @@ def apply_override(given: dict[str, Any], override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"override {override!r}", "has no `=`", "write key=value, such as learning_rate=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+    value = yaml_value(text)
     if key in ("model", *FREE_SECTIONS):
         given[key] = value
         return key, key
@@ -165,6 +164,14 @@ def apply_override(given: dict[str, Any], override: str) -> tuple[str, str]:
         raise RecipeError(section, "is not a mapping", "write name: value lines below it")
     given[section][name] = value
     return called, path
+
+
+def yaml_value(text: str) -> Any:
+    """What stands behind a `key=`; text that isn't YAML is itself."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        return text
 
 
 def _forget(given: dict[str, Any], path: str) -> None:
@@ -199,12 +206,12 @@ def _as_dict(section: str, value: Any, where: str) -> dict[str, Any]:
 def _from_config_object(section: str, config: Any) -> dict[str, Any]:
     """What a TrainingArguments, SFTConfig or LoraConfig object asks for.
 
-    Fields that we have are taken as they are; of the others only what differs from a plain object of that class,
-    so that it doesn't raise a hundred warnings.
+    Fields that we have are taken as they are, and the length of rows; of the others only what differs from a plain
+    object of that class, so that it doesn't raise a hundred warnings.
     """
     ours = SECTIONS[section].model_fields
     values: dict[str, Any] = {}
-    plain = type(config)()
+    plain = _plain(config)
     for field in dataclasses.fields(config):
         if not field.init or field.name.startswith("_"):
             continue
@@ -214,9 +221,20 @@ def _from_config_object(section: str, config: Any) -> dict[str, Any]:
         if field.name in ours:
             if value is not None or type(None) in get_args(ours[field.name].annotation):
                 values[field.name] = value
-        elif value != getattr(plain, field.name, None) and value not in (None, "", [], {}):
+        elif (field.name in LENGTHS or value != getattr(plain, field.name, None)) and value not in (None, "", [], {}):
             values[field.name] = value
     return values
+
+
+def _plain(config: Any) -> Any:
+    """An object of the same class that was given nothing; where a machine refuses that (SFTConfig's bf16), the defaults
+    as they are written."""
+    try:
+        return type(config)()
+    except (TypeError, ValueError):
+        made = {f.name: f.default_factory() if callable(f.default_factory) else f.default
+                for f in dataclasses.fields(config)}  # fmt: skip
+        return types.SimpleNamespace(**made)
 
 
 def _hint_for_section(key: str) -> str:
@@ -243,7 +261,12 @@ class _PlainDumper(yaml.SafeDumper):
 
 class _StrictLoader(yaml.SafeLoader):
     """Refuses a key that stands twice, which YAML would settle in silence, and aliases, by which a few lines can grow
-    to any size."""
+    to any size. A date is the text that it is."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's own table
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -140,14 +140,9 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
         "trust_remote_code": "never: native model classes only",
         "save_only_model": "a checkpoint always holds what a resume needs",
         "auto_find_batch_size": "set data.max_batch_tokens: it changes memory, never the update",
-        "label_smoothing_factor": "the loss is plain cross-entropy",
-        "loss_type": "the loss is plain cross-entropy",
         "router_aux_loss_coef": "the loss is plain cross-entropy",
-        "neftune_noise_alpha": "no noise is added to embeddings",
-        "optim_args": "the optimiser is AdamW",
-        "optim_target_modules": "the optimiser is AdamW",
-        "dataset_text_field": "rows are chats with `messages`",
-        "formatting_func": "rows are chats with `messages`",
+        "dataset_text_field": "set data.format, or data.columns",
+        "formatting_func": "the model's own template writes the text: set data.format, or data.columns",
         "chat_template_path": "set tokenizer_kwargs.chat_template",
         "eos_token": "set tokenizer_kwargs.eos_token",
         "truncation_mode": "set data.excess_length_strategy: a row that is too long is listed, not cut, by default",
@@ -177,9 +172,13 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
     "evaluation": {},
 }
 
-# Names of LoraConfig and from_pretrained that change what is trained: refused, since ignoring them would train
-# something else than was asked for.
+# Names that change what is trained: refused, since ignoring them would train something else than was asked for.
 REFUSED: dict[str, dict[str, str]] = {
+    "training_config": {
+        **dict.fromkeys(["label_smoothing_factor", "loss_type"], "is not supported: the loss is plain cross-entropy"),
+        **dict.fromkeys(["optim_args", "optim_target_modules"], "is not supported: the optimiser is AdamW"),
+        "neftune_noise_alpha": "is not supported: no noise is added to embeddings",
+    },
     "peft_config": dict.fromkeys(
         ["lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "loftq_config", "eva_config"]
         + ["corda_config", "use_qalora", "qalora_group_size", "alora_invocation_tokens", "arrow_config"]
@@ -194,14 +193,12 @@ REFUSED: dict[str, dict[str, str]] = {
     ),
 }
 # Values of refused names that ask for what happens anyway.
-HARMLESS = {
-    "lora_bias": False,
-    "use_qalora": False,
-    "use_bdlora": False,
-    "bnb_4bit_quant_storage": "uint8",
-    "num_beams": 1,
-    "typical_p": 1.0,
-    "length_penalty": 1.0,
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "loss_type": ("nll", "chunked_nll"),
+    "bnb_4bit_quant_storage": ("uint8",),
+    "num_beams": (1,),
+    "typical_p": (1.0,),
+    "length_penalty": (1.0,),
 }
 # What a BitsAndBytesConfig holds that was given nothing; of the 4-bit settings transformers' defaults are kept.
 BNB_DEFAULTS: dict[str, Any] = {
@@ -253,8 +250,7 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
         elif name in NO_COUNTERPART[section]:
             words.append(f"{path}={value!r} is ignored: {NO_COUNTERPART[section][name]}")
         elif name in REFUSED.get(section, {}):
-            harmless = value == HARMLESS[name] if name in HARMLESS else value in _NOTHING_ASKED
-            if not harmless:
+            if value not in HARMLESS.get(name, _NOTHING_ASKED):
                 faults.append(f"{path}={value!r} {REFUSED[section][name]}")
         else:
             faults.append(f"unknown name {path}{nearest(name, known_names(section))}")

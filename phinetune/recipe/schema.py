@@ -5,6 +5,7 @@ names in `peft_config` those of PEFT's LoraConfig.  Unknown names never get here
 into an error, a mapped name or a warning first.
 """
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,14 +71,21 @@ def _known_metric(value: str) -> str:
 
 
 def _known_answer_metric(value: str) -> str:
-    if value not in ANSWER_METRICS and not value.partition(":")[0].endswith(".py"):
+    file, _, name = value.rpartition(":")
+    if value not in ANSWER_METRICS and not (file.endswith(".py") and name.isidentifier()):
         raise ValueError(f"must be one of {', '.join(ANSWER_METRICS)}, or FILE.py:NAME")
     return value
 
 
+def _day(value: Any) -> str | None:
+    return None if value is None else datetime.date.fromisoformat(str(value)).isoformat()
+
+
 def _loggers(value: Any) -> list[Any]:
     names = [value] if isinstance(value, str) else list(value or [])
-    return [name for name in names if name not in ("none", "all")]
+    if "all" in names:
+        raise ValueError("name those that you want: what is installed is no wish to log there")
+    return [name for name in names if name != "none"]
 
 
 class ModelKwargs(Section):
@@ -177,7 +185,7 @@ class DataConfig(Section):
     user message, or the text is left out."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false}."""
-    today: str | None = None
+    today: Annotated[str | None, BeforeValidator(_day)] = None
     """The day that templates which write a date are told, such as 2026-01-31; the day of the run by default."""
     max_batch_tokens: PositiveInt = 1024
     """Tokens laid into one flat batch. Layout only: any value gives the same update, up to dropout's draws."""

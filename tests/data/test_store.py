@@ -89,6 +89,17 @@ def test_the_cache_is_used_and_knows_what_it_depends_on(tmp_path, cache, smollm2
         seen = folders()
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "rows.npz", "examples.npz", "ids.bin"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"{}"])
+def test_damaged_data_in_the_cache_is_made_again(tmp_path, cache, smollm2_tokenizer, caplog, name, content):
+    config = DataConfig(train=write(tmp_path / "a.jsonl", 5))
+    first = prepare(config, smollm2_tokenizer, 0).train
+    (first.store.folder / name).write_bytes(content)
+    again = prepare(config, smollm2_tokenizer, 0).train
+    assert [list(example.ids) for example in again] == [list(example.ids) for example in first]
+    assert "is damaged: it is made again" in caplog.text
+
+
 def test_rows_from_python_and_what_json_can_not_hold(cache, smollm2_tokenizer):
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     rows = (row for row in [good, {"messages": {1, 2}}, good])

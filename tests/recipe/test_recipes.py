@@ -82,6 +82,10 @@ def test_a_name_without_counterpart_is_said_aloud():
         ),
         ({"peft_config": {"lora_alfa": 1}}, "did you mean lora_alpha"),
         ({"peft_config": {"lora_bias": True}}, "lora_bias=True is not supported yet"),
+        ({"training_config": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor=0.1 is not supported"),
+        ({"training_config": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha=5 is not supported"),
+        ({"training_config": {"loss_type": "dft"}}, "loss_type='dft' is not supported: the loss is plain"),
+        ({"training_config": {"report_to": "all"}}, "report_to='all': .* name those that you want"),
         ({"learning_rate": 1}, "learning_rate belongs in training_config"),
         ({"training_config": {"learning_rate": -1}}, "training_config.learning_rate=-1"),
         (
@@ -102,6 +106,9 @@ def test_what_is_wrong_is_named(given, message):
 
 def test_harmless_values_of_unsupported_names_pass():
     make_recipe({**MINIMAL, "peft_config": {"use_dora": False, "init_lora_weights": True, "modules_to_save": None}})
+    same = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "loss_type": "nll", "report_to": "none"}
+    _, words = make_recipe({**MINIMAL, "training_config": same})
+    assert words == []
 
 
 def test_the_samples_own_values_pass():
@@ -117,6 +124,38 @@ def test_yaml_merge_keys_and_an_empty_section(tmp_path):
     recipe, _ = load_recipe(path, ["r=8"])
     assert recipe.peft_config.r == 8
     assert recipe.evaluation.max_new_tokens == 3
+
+
+def test_a_date_is_text_and_is_one(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    words = "model: smollm2\ndata: {train: a, today: 2026-01-31, chat_template_kwargs: {date_string: 2026-01-30}}\n"
+    path.write_text(words)
+    assert load_recipe(path)[0].data.today == "2026-01-31"
+    assert load_recipe(path)[0].data.chat_template_kwargs == {"date_string": "2026-01-30"}
+    assert load_recipe(path, ["data.today=2026-02-01"])[0].data.today == "2026-02-01"
+    with pytest.raises(RecipeError, match=r"data\.today='31\.1\.2026'"):
+        load_recipe(path, ["data.today=31.1.2026"])
+
+
+@dataclasses.dataclass
+class LikeSFTConfig:
+    """Which a machine without bf16 doesn't make without being told."""
+
+    max_length: int | None = 1024
+    bf16: bool | None = None
+    learning_rate: float = 2e-5
+    seed: int = dataclasses.field(default_factory=lambda: 42)
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            raise ValueError("your setup doesn't support bf16")
+
+
+def test_an_object_of_a_class_that_this_machine_makes_no_plain_one_of():
+    recipe, words = make_recipe({**MINIMAL, "training_config": LikeSFTConfig(bf16=False)})
+    assert recipe.data.max_length == 1024, "its own, though that is its default"
+    assert recipe.training_config.learning_rate == 2e-5
+    assert [word for word in words if "max_length" in word]
 
 
 def test_real_config_objects_are_taken_whole(tmp_path):
