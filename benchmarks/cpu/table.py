@@ -62,9 +62,11 @@ def render(found: dict[str, Any]) -> str:
     spread, against = found.get("spread", {}), found.get("against", {})
     figures = []
     for key, what, form in FIGURES:
+        if key not in found:  # its section wasn't run
+            continue
         low_high = " to ".join(shown(form, value) for value in spread[key]) if key in spread else ""
         with_whom = f" ({against[key]})" if key in against else ""
-        figures.append([what + with_whom, f"`{key}`", shown(form, found.get(key)), low_high])
+        figures.append([what + with_whom, f"`{key}`", shown(form, found[key]), low_high])
     parts = rows_of(["figure", "key", "median", "least to most"], figures)
 
     if "contenders" in found:
