@@ -245,6 +245,8 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
             if settled.get(new_path, value) != value:
                 faults.append(f"{new_path} is given twice, as {settled[new_path]!r} and as {name}={value!r}")
             settled[new_path] = value
+            if name == "report_to" and value in ("all", ["all"]):
+                words.append(f"{path}={value!r} is ignored: name the loggers that you want")
             if new_path != path:
                 words.append(f"{path} is read as {new_path}={value}")
         elif name in NO_COUNTERPART[section]:

@@ -83,9 +83,7 @@ def _day(value: Any) -> str | None:
 
 def _loggers(value: Any) -> list[Any]:
     names = [value] if isinstance(value, str) else list(value or [])
-    if "all" in names:
-        raise ValueError("name those that you want: what is installed is no wish to log there")
-    return [name for name in names if name != "none"]
+    return [name for name in names if name not in ("none", "all")]
 
 
 class ModelKwargs(Section):
