@@ -16,7 +16,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"  # real data, absent on most machi
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test talks to the Hub
 
 
-LONGEST = ("test_scoreboard", "test_resume", "test_cli")  # files that take minutes
+LONGEST = ("test_scoreboard", "test_doctor")  # files that take minutes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

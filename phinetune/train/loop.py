@@ -184,7 +184,7 @@ class Loop:
         self.model.train()
         bar = ProgressBar("training", len(self.steps), not config.disable_tqdm, self.step)
         with self.signals.deferred(), bar:
-            self._evaluate_ifdue(metrics)  # on start, or what a signal left undone
+            self._evaluate_if_due(metrics)  # on start, or what a signal left undone
             while self.step < len(self.steps) and not self.best.is_exhausted:
                 examples = [self.train[row] for row in self.steps[self.step]]
                 learning_rate = self.learning_rate_at(self.step)
@@ -199,7 +199,7 @@ class Loop:
                 if self.step in self._log_at:
                     metrics.write(self._log_line(learning_rate))
                 try:
-                    self._evaluate_ifdue(metrics)
+                    self._evaluate_if_due(metrics)
                 except Interrupted:  # taken again behind the checkpoint
                     pass
                 ended_early = self.best.is_exhausted and config.save_strategy != "no"
@@ -302,7 +302,7 @@ class Loop:
         )
         return line
 
-    def _evaluate_ifdue(self, metrics: MetricsWriter) -> None:
+    def _evaluate_if_due(self, metrics: MetricsWriter) -> None:
         """
         Raises:
             Interrupted: where a signal has come meanwhile; the evaluation still is to be taken.

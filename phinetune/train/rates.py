@@ -120,6 +120,7 @@ def rates_by_dtype(device: torch.device) -> dict[str, float]:
 
 
 def _rate(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> float:
+    """By the larger matrices, unless the smaller ones tell that those would take too long."""
     rate = math.inf
     for side in SIDES:
         if 2 * side**3 > rate * LONGEST:

@@ -31,9 +31,8 @@ SHORT = {
     "training_config.save_strategy": "steps",
     "training_config.save_steps": SAVED_EVERY,
     "training_config.eval_strategy": '"no"',
-    **dict.fromkeys(
-        ("training_config.metric_for_best_model", "training_config.early_stopping_patience"), "null"
-    ),  # as nothing is evaluated
+    "training_config.metric_for_best_model": "null",  # since nothing is evaluated
+    "training_config.early_stopping_patience": "null",
     "training_config.load_best_model_at_end": "false",
     "training_config.report_to": "[]",
     "evaluation.metrics": "[]",
