@@ -18,7 +18,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
     from phinetune.train.doctor import KERNELS
 
     cpu, memory, gflops = found["cpu"], found["memory_gb"], found["gflops"]
-    made = [words for name, words in KERNELS.items() if found["kernels"][name]]
+    made = [
+        f"{', '.join(words for name, words in KERNELS.items() if name in names)} in {dtype}"
+        for dtype, names in found["kernels"].items()
+        if names
+    ]
     on_gpu = found["gpu_memory_gb"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
     lines = [
@@ -28,7 +32,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"memory        {memory['free']:.1f} GB free of {memory['total']:.1f}; freed memory is "
         f"{'kept and used again' if found['freed_memory_is_kept'] else 'given back to the system'}"
         + (f"; on the GPU {on_gpu['free']:.1f} GB free of {on_gpu['total']:.1f}" if on_gpu else ""),
-        f"C++ kernels   {', '.join(made) + ', in ' + found['kernels_in'] if made else _why_no_kernels(found)}",
+        f"C++ kernels   {'; '.join(made) + ', by ' + found['kernels_in'] if made else _why_no_kernels(found)}",
         f"products      {', '.join(f'{name} {rate:,.0f}' for name, rate in gflops.items())} G(FL)OP/s; "
         f"dtype auto is {found['dtype']}",
     ]

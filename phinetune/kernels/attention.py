@@ -15,11 +15,11 @@ A segment of the line may continue another: examples that begin alike hold their
                               b [ 1 1 . . 1 . ]
                               b [ 1 1 . . 1 1 ]
 
-The square is never built.  There are several ways: in bfloat16 on a CPU with the instructions for it, a C++ kernel
-(flash.py).  On other CPUs and in full precision, plain products: each segment is cut into blocks of queries, and blocks
-of about the same size are computed together: their queries and keys are gathered from the line, their scores are one
-batched product, their softmax one pass (packs.py says which block goes where).  At 64 to 1,024 tokens these products
-are two to five times as fast as torch's flash kernel, and ours two to three times as fast as they (Zen 5; docs/log.md).
+The square is never built.  There are several ways: on a CPU with the instructions for it, a C++ kernel (flash.py).  On
+other CPUs and in other dtypes, plain products: each segment is cut into blocks of queries, and blocks of about the same
+size are computed together: their queries and keys are gathered from the line, their scores are one batched product,
+their softmax one pass (packs.py says which block goes where).  At 64 to 1,024 tokens these products are two to five
+times as fast as torch's flash kernel, and ours two to three times as fast as they (Zen 5, bfloat16; docs/log.md).
 On a GPU, in half precision, torch's variable-length flash attention (varlen.py); else a call of torch's own attention
 for each segment.
 

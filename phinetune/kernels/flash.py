@@ -1,5 +1,6 @@
-"""Packed attention in bfloat16 by a C++ kernel (cpp/attention.cpp): nothing of the size of scores reaches memory.
+"""Packed attention by a C++ kernel (cpp/attention.cpp): nothing of the size of scores reaches memory.
 
+It is for bfloat16, and with AVX2, where products are in float32 anyway, for float32.
 It keeps its input, its output and a number a head and token.  attention.py says what is computed; its plain products
 are the reference, and the way of machines and dtypes that this kernel isn't for.
 
@@ -25,11 +26,10 @@ WIDEST = 256
 def serves(qkv_TJD: Tensor) -> bool:
     """Whether the kernel computes this."""
     return (
-        qkv_TJD.dtype is torch.bfloat16
-        and qkv_TJD.device.type == "cpu"
+        qkv_TJD.device.type == "cpu"
         and qkv_TJD.shape[2] % VECTOR == 0
         and qkv_TJD.shape[2] <= WIDEST
-        and native.library("attention") is not None
+        and native.library("attention", qkv_TJD.dtype) is not None
     )
 
 
@@ -60,7 +60,7 @@ class _FlashAttention(torch.autograd.Function):
         line, _held = _line(qkv_TJD, _half(cos_TR), _half(sin_TR), settings)
         out_THD = qkv_TJD.new_empty(line.tokens, line.heads, line.width)
         lse_HT = qkv_TJD.new_empty(line.heads, line.tokens, dtype=torch.float32)
-        native.call("attention", "attention_forward", ctypes.byref(line), out_THD, lse_HT)
+        _call("attention_forward", line, out_THD, lse_HT)
         ctx.save_for_backward(qkv_TJD, cos_TR, sin_TR, out_THD, lse_HT)  # all layers keep the same angles
         ctx.settings = settings
         return out_THD
@@ -72,8 +72,12 @@ class _FlashAttention(torch.autograd.Function):
         dqkv_TJD = torch.empty_like(qkv_TJD)
         line, _held = _line(qkv_TJD, _half(cos_TR), _half(sin_TR), ctx.settings)
         kept = out_THD, lse_HT, dout_THD.contiguous()
-        native.call("attention", "attention_backward", ctypes.byref(line), *kept, dqkv_TJD)
+        _call("attention_backward", line, *kept, dqkv_TJD)
         return dqkv_TJD, None, None, None
+
+
+def _call(function: str, line: "_Line", *tensors: Tensor) -> None:
+    native.call("attention", function, ctypes.byref(line), *tensors, dtype=tensors[0].dtype)
 
 
 class _Segment(ctypes.Structure):

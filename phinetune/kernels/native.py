@@ -25,22 +25,23 @@ from phinetune.files import cache_folder
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
 KERNELS = ("attention", "decoder", "loss", "products")
+IN_FLOAT32 = ("attention",)  # are for float32, too, where products are in it anyway
 INSTRUCTIONS = {"avx512_bf16": 2, "avx2": 4}  # the best first; bytes of an element as products in them read it
 log = logging.getLogger(__name__)
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """The functions of cpp/NAME.cpp; None where this machine can't run or compile them (said once, at warning level,
-    where only the compiler is wanting)."""
-    if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or instructions() is None:
+def library(name: str, dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL | None:
+    """The functions of cpp/NAME.cpp for tensors of a dtype; None where there are none, or where this machine can't run
+    or compile them (said once, at warning level, where only the compiler is wanting)."""
+    if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or not _is_for(name, dtype):
         return None
     compiler = find_compiler()
     if not compiler:
         log.warning(f"no C++ compiler (g++, clang++), so the kernel {name!r} isn't used, which makes training slower")
         return None
     try:
-        found = ctypes.CDLL(str(_compile(name, compiler)))
+        found = ctypes.CDLL(str(_compile(name, dtype, compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning(
@@ -54,18 +55,24 @@ def library(name: str) -> ctypes.CDLL | None:
 def prepare(device: torch.device) -> None:
     """Compiles what isn't yet and computes on this device: best before a model is loaded, since a compiler started
     later is a process as large as this one for a moment."""
-    for name in KERNELS if device.type == "cpu" else ():
-        library(name)
+    if device.type == "cpu":
+        for dtype in (torch.bfloat16, torch.float32):
+            kernels_for(dtype)
 
 
-def call(name: str, function: str, *arguments: Any) -> None:
+def kernels_for(dtype: torch.dtype) -> list[str]:
+    """Those of `KERNELS` that compute with tensors of a dtype on this CPU."""
+    return [name for name in KERNELS if library(name, dtype) is not None]
+
+
+def call(name: str, function: str, *arguments: Any, dtype: torch.dtype = torch.bfloat16) -> None:
     """A function of a library that is there: tensors go by their address, None as null, the rest as it is.
 
     Raises:
         MemoryError: if the system refused it memory: then it computed nothing.
     """
-    found = library(name)
-    assert found is not None, f"{name} isn't compiled"
+    found = library(name, dtype)
+    assert found is not None, f"{name} isn't compiled for {dtype}"
     getattr(found, function)(*map(_as_c, arguments))
     if found.was_refused():
         raise MemoryError(f"{function} was refused memory")
@@ -92,10 +99,17 @@ def element_bytes() -> int:
     return INSTRUCTIONS[instructions() or next(iter(INSTRUCTIONS))]
 
 
-def _compile(name: str, compiler: list[str]) -> Path:
+def _is_for(name: str, dtype: torch.dtype) -> bool:
+    if dtype is torch.float32:
+        return name in IN_FLOAT32 and instructions() == "avx2"
+    return dtype is torch.bfloat16 and instructions() is not None
+
+
+def _compile(name: str, dtype: torch.dtype, compiler: list[str]) -> Path:
     files = sorted(SOURCES.glob("*.h")) + [SOURCES / f"{name}.cpp"]
+    flags = [*FLAGS, "-DSTORED=float"] if dtype is torch.float32 else FLAGS
     made_of = [
-        *FLAGS,
+        *flags,
         *compiler,
         _version(*compiler),
         _processor(),
@@ -109,7 +123,7 @@ def _compile(name: str, compiler: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as working:  # renamed when whole: others may be at it, too
         unfinished = Path(working) / made.name
-        command = [*compiler, *FLAGS, str(files[-1]), "-o", str(unfinished)]
+        command = [*compiler, *flags, str(files[-1]), "-o", str(unfinished)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         unfinished.replace(made)
     return made

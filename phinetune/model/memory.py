@@ -52,7 +52,7 @@ def kept_by_a_layer(model: Any, batch: Batch) -> int:
     adapters = [a for _, layer in lora.lora_layers(model) for a in layer.adapters.values()]
     ranks: int = sum(block.a.stop - block.a.start for a in adapters for block in a.blocks)
     elements += ranks // len(decoder_layers(model))
-    if _has_kernels(model):
+    if _is_blockwise(model):
         elements += 4 * VECTOR  # thin products in whole vectors
     if _has_flash(model):
         elements += 2 * heads  # log-sum-exps
@@ -149,14 +149,11 @@ def _has_fast_layers(model: nn.Module) -> bool:
     return any(isinstance(layer, FastLayer) for layer in decoder_layers(model))
 
 
-def _has_kernels(model: Any) -> bool:
-    """Whether C++ kernels train it."""
-    return flash.serves(torch.empty(0, 1, _heads(model.config)[2], dtype=model.dtype, device=model.device))
-
-
 def _has_flash(model: Any) -> bool:
     """Whether attention keeps nothing of the size of scores: our kernel's doesn't, nor does torch's on a GPU."""
-    return model.device.type != "cpu" or _has_kernels(model)
+    if model.device.type != "cpu":
+        return True
+    return flash.serves(torch.empty(0, 1, _heads(model.config)[2], dtype=model.dtype))
 
 
 def _is_blockwise(model: Any) -> bool:
@@ -164,7 +161,8 @@ def _is_blockwise(model: Any) -> bool:
     weights = [getattr(module, "weight", None) for module in decoder_layers(model)[0].modules()]
     plain = not any(isinstance(weight, QuantisedWeight) for weight in weights)
     elements = 3 * int(model.config.hidden_size) * _intermediate(model.config)
-    return _has_fast_layers(model) and _has_kernels(model) and plain and blockwise.holds(elements)
+    served = model.device.type == "cpu" and model.dtype is torch.bfloat16 and blockwise.holds(elements)
+    return _has_fast_layers(model) and plain and served
 
 
 def _intermediate(config: Any) -> int:

@@ -19,6 +19,7 @@ from phinetune.train.rates import rates_by_dtype, share_reached
 KERNELS = {
     "attention": "packed attention", "decoder": "decoder layers", "loss": "the loss head", "products": "other products",
 }  # fmt: skip
+DTYPES = ("bfloat16", "float32")
 STEPS, ROWS_A_STEP = 3, 16
 
 
@@ -40,7 +41,7 @@ def examine(training: bool = True) -> dict[str, Any]:
         "freed_memory_is_kept": kept,
         "compiler": " ".join(native.find_compiler()) or None,
         "compiled_passes": can_compile(device.type),
-        "kernels": {name: device.type == "cpu" and native.library(name) is not None for name in KERNELS},
+        "kernels": {name: native.kernels_for(getattr(torch, name)) if device.type == "cpu" else [] for name in DTYPES},
         "kernels_in": native.instructions(),
         "dtype": resolve_dtype("auto", device),
         "gflops": {name: round(rate / 1e9, 1) for name, rate in rates_by_dtype(device).items()},

@@ -53,7 +53,7 @@ from phinetune.train.checkpoint import (
     newest_whole_checkpoint,
     read_state,
 )
-from phinetune.train.estimate import expected_gb, expected_seconds, has_kernels, has_room_to_fold
+from phinetune.train.estimate import expected_gb, expected_seconds, has_room_to_fold
 from phinetune.train.log import MetricsWriter, ProgressBar, run_log
 from phinetune.train.loop import Loop, progress_of
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
@@ -419,7 +419,8 @@ def _announce(loop: Loop, data: Prepared, threads: str) -> None:
     dtype = loop.recipe.model_kwargs.dtype
     log.info(f"model: {loop.base.model} in {dtype}, {layers} layers adapted, {trained:,} trainable parameters")
     if model.device.type == "cpu":
-        log.info(f"device: cpu, {threads}{', C++ kernels' if has_kernels(model.dtype) else ''}")
+        kernels = native.kernels_for(model.dtype)
+        log.info(f"device: cpu, {threads}{'; C++ kernels: ' + ', '.join(kernels) if kernels else ''}")
     if (quantised := quantised_layers(model)).names:
         names, plain = quantised.names, quantised.plain
         log.info(

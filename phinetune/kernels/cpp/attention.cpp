@@ -1,4 +1,4 @@
-// Attention over a flat pack of bfloat16 queries, keys and values, forward and backward, with rotary embedding.
+// Attention over a flat pack of queries, keys and values, forward and backward, with rotary embedding.
 //
 // Dao et al., "FlashAttention" (2022): blocks of queries against blocks of keys, scores and their softmax in fp32 in
 // the cache, weights made again from their log-sum-exp in the backward pass.  What a token sees is a path of segments
@@ -13,7 +13,13 @@
 
 #include "vectors.h"
 
+#ifndef STORED
+#define STORED bf16  // or float, which AVX2's products read as it is
+#endif
+
 namespace {
+
+using stored = STORED;  // the numbers of queries, keys, values and outputs
 
 constexpr int QUERIES = 64, KEYS = 256;  // of a block
 constexpr float NOTHING = -INFINITY;
@@ -31,7 +37,7 @@ struct Piece {  // of a path: a segment, or as much of it as is seen
 };
 
 struct Line {
-    const bf16* qkv;         // (T, H + 2K, D)
+    const stored* qkv;       // (T, H + 2K, D)
     const float *cos, *sin;  // (T, turned), or null
     int tokens, heads, kv_heads, width;
     int turned;  // half of what is rotated of a head
@@ -44,7 +50,9 @@ struct Line {
     int packed;  // keys in all, padded
     int trees;
 
-    const bf16* head(int token, int head) const { return qkv + ((long)token * (heads + 2 * kv_heads) + head) * width; }
+    const stored* head(int token, int head) const {
+        return qkv + ((long)token * (heads + 2 * kv_heads) + head) * width;
+    }
 };
 
 // A head of a token, turned by its position's angle, or back by it: read(d, which) gives 16 of its elements,
@@ -68,13 +76,13 @@ void rotate(const Line& line, int token, Read read, Write write) {
 }
 
 void read_rotated(const Line& line, int token, int head, element* to) {
-    const bf16* from = line.head(token, head);
+    const stored* from = line.head(token, head);
     rotate<false>(
         line, token, [&](int d, Mask which) { return load(from + d, which); },
         [&](int d, Mask which, Floats x) { store(to + d, x, which); });
 }
 
-void write_unrotated(const Line& line, const float* x, int token, bf16* to) {
+void write_unrotated(const Line& line, const float* x, int token, stored* to) {
     rotate<true>(
         line, token, [&](int d, Mask which) { return load(x + d, which); },
         [&](int d, Mask which, Floats y) { store(to + d, y, which); });
@@ -202,8 +210,8 @@ struct Task {
 
 extern "C" {
 
-// out (T, H, D) in bfloat16; lse (H, T): log2 of the sum of 2^(score · scaling · log2 e).
-void attention_forward(const Line* line_, bf16* out, float* lse) {
+// out (T, H, D); lse (H, T): log2 of the sum of 2^(score · scaling · log2 e).
+void attention_forward(const Line* line_, stored* out, float* lse) {
     const Line& line = *line_;
     const int width = line.width, vectors = width / 16, terms = width / ELEMENTS;
     const long of_head = (long)width / ELEMENTS * line.packed;
@@ -261,7 +269,7 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
                     });
                     for (int i = 0; i < count; i++) {
                         const int token = segment.start + task.begin + i;
-                        bf16* to = out + ((long)token * line.heads + head) * width;
+                        stored* to = out + ((long)token * line.heads + head) * width;
                         const Floats factor = spread(1 / total[i]);
                         for (int d = 0; d < width; d += 16) store(to + d, load(sums.data + i * width + d) * factor);
                         lse[(long)head * line.tokens + token] = top[i] + std::log2(total[i]);
@@ -272,7 +280,7 @@ void attention_forward(const Line* line_, bf16* out, float* lse) {
 }
 
 // dqkv (T, H + 2K, D) of dout (T, H, D), with out and lse of the forward pass.
-void attention_backward(const Line* line_, const bf16* out, const float* lse, const bf16* dout, bf16* dqkv) {
+void attention_backward(const Line* line_, const stored* out, const float* lse, const stored* dout, stored* dqkv) {
     const Line& line = *line_;
     const int width = line.width, vectors = width / 16, terms = width / ELEMENTS;
     const int group = line.heads / line.kv_heads;
@@ -380,7 +388,7 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                             });
                             for (int i = 0; i < count; i++) {
                                 const int token = segment.start + begin + i;
-                                bf16* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
+                                stored* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
                                 write_unrotated(line, dq.data + i * width, token, to);
                             }
                         }
@@ -403,7 +411,7 @@ void attention_backward(const Line* line_, const bf16* out, const float* lse, co
                                 store(sum + d, total);
                             }
                             const int head = line.heads + kv_head + (value ? line.kv_heads : 0);
-                            bf16* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
+                            stored* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
                             if (value)
                                 for (int d = 0; d < width; d += 16) store(to + d, load(sum + d));
                             else

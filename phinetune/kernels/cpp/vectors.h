@@ -39,7 +39,8 @@ struct Terms {
     Terms(int main, int from = 0, int to = 0) : main(main), from(from), to(to) {}
 };
 
-// c (M × 16·NV, fp32) = a b, or += where ADD.
+// c (M × 16·NV, fp32) = a b, or += where ADD: the product is summed by itself first.  Added one by one to what is there
+// already, terms of less than half its last place are lost, and of the words of a loss head those are most.
 // a's terms lie at a[m * a_row + k * a_step], b's vectors of 16 columns at b[k * b_row + n * b_vector], c at c[m *
 // c_row].  Loops over a tile are unrolled early, or its sums go through memory (GCC 12).
 template <int M, int NV, bool ADD>
@@ -49,7 +50,7 @@ inline void multiply_tile(const term* a, long a_row, long a_step, const term* b,
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; n++) sum[m][n] = ADD ? load(c + m * c_row + 16 * n) : zeros();
+        for (int n = 0; n < NV; n++) sum[m][n] = zeros();
     int k = 0;
     for (int end : {terms.main, terms.to}) {
         for (; k < end; k++) {
@@ -68,7 +69,10 @@ inline void multiply_tile(const term* a, long a_row, long a_step, const term* b,
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; n++) store(c + m * c_row + 16 * n, sum[m][n]);
+        for (int n = 0; n < NV; n++) {
+            float* to = c + m * c_row + 16 * n;
+            store(to, ADD ? load(to) + sum[m][n] : sum[m][n]);
+        }
 }
 
 template <int NV, bool ADD, int M>
