@@ -13,7 +13,8 @@
     int8      what int8 costs in held-out loss
     table     writes the figures into docs/benchmarks.md
 
-Every figure is of a process of its own.  A section's keys are merged into benchmarks/results/cpu.json.
+Every figure is of a process of its own.  A section's keys are merged into benchmarks/results/cpu.json, or another file
+that is named.
 """
 
 import argparse
@@ -56,8 +57,8 @@ def base_job(asked: argparse.Namespace) -> dict[str, Any]:
 
     default_pack = DataConfig(train="any").max_batch_tokens
     return {
-        "model": str(smollm2_folder()), "dtype": "bfloat16", "r": 16, "lora_alpha": 32, "learning_rate": 2e-4,
-        "seed": 0, "rows_a_step": asked.rows_a_step, "batch_rows": 8, "peers_dtype": asked.peers_dtype,
+        "model": str(smollm2_folder()), "dtype": asked.dtype, "r": 16, "lora_alpha": 32, "learning_rate": 2e-4,
+        "seed": 0, "rows_a_step": asked.rows_a_step, "batch_rows": 8,
         "pack_tokens": asked.pack_tokens or default_pack, "warmup_steps": 1, "passes": asked.passes,
     }  # fmt: skip
 
@@ -116,8 +117,8 @@ def cost(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
         "cost_per_length": by_length,
         "cost_linear_flop": linear,
     }
-    PLOT.parent.mkdir(exist_ok=True)
-    job_io.ask(TRL, "child_plot.py", {"by_length": by_length, "linear_flop": linear, "to": str(PLOT)})
+    if asked.results == RESULTS:
+        job_io.ask(TRL, "child_plot.py", {"by_length": by_length, "linear_flop": linear, "to": str(PLOT)})
     return result
 
 
@@ -146,8 +147,8 @@ def ablation(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
 def inside_trl(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     """`SFTTrainer` in turns with and without `phinetune.accelerate`, by TRL's loss and by the model's own."""
     rows, accumulation = draw_rows(asked.rows, job["batch_rows"]), job["rows_a_step"] // job["batch_rows"]
-    own = {**job, "default": False, "layout": "grouped", "autocast": True, "attention": "sdpa", "rows": rows.grouped}
-    own["accumulation"] = accumulation
+    own = {**job, "default": False, "layout": "grouped", "attention": "sdpa", "rows": rows.grouped}
+    own |= {"accumulation": accumulation, "autocast": job["dtype"] == "bfloat16"}
     trainers = {
         f"SFTTrainer, {name}{', accelerated' * accelerate}": {"loss": loss, "accelerate": accelerate}
         for name, loss in (("model's loss", "phinetune"), ("TRL's loss", "trl"))
@@ -303,8 +304,8 @@ def main() -> None:
     parser.add_argument("--pilot-rows", type=int, default=32)
     parser.add_argument("--default-rows", type=int, default=24, help="of TRL's defaults, which are slow")
     parser.add_argument("--peers", nargs="+", help="variants to try, by name (such as 'TRL, packed'); all by default")
-    parser.add_argument("--peers-dtype", default="bfloat16", help="float32 where torch is slow in bfloat16: no AVX-512")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="another file, which no table is written of")
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where torch is slow in bfloat16: no AVX512-BF16")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="cpu_avx2.json for such a machine")
     parser.add_argument("--pack-tokens", type=int, help="ours and TRL's packs; phinetune's default where not given")
     parser.add_argument("--gate-steps", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
@@ -325,8 +326,7 @@ def main() -> None:
             found = SECTIONS[name](job, asked)
             found["versions"] = job_io.versions("phinetune", "torch", "transformers") | found.pop("peer_versions", {})
             merge({**found, "machine": machine()}, asked.results)
-    if asked.results == RESULTS:
-        table_section.write(RESULTS)
+    table_section.write(asked.results)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def cost(trainee: Trainee) -> dict[str, Any]:
         seconds = [trainee.step(rows)[0] for _ in range(job["repeats"])]
         found[str(length)] = {
             "seconds_a_token": statistics.median(seconds) / need,
-            "attention_alone": attention_seconds(trainee.model.config, length, job["repeats"]) / length,
+            "attention_alone": attention_seconds(trainee.model, length, job["repeats"]) / length,
             "attention_flop": attention_flop(trainee.model.config, length),
         }
     return {"by_length": found, "linear_flop": 4 * Products(trainee.model, 1).weights}
@@ -136,11 +136,12 @@ def attention_flop(config: Any, length: int) -> float:
     return 6.0 * length * config.num_attention_heads * width * config.num_hidden_layers
 
 
-def attention_seconds(config: Any, length: int, repeats: int) -> float:
+def attention_seconds(model: Any, length: int, repeats: int) -> float:
     """A row's causal attention in all layers, forward and backward, by torch."""
+    config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-    q, k, v = (torch.randn(1, n, length, width, dtype=torch.bfloat16, requires_grad=True) for n in shape.values())
+    q, k, v = (torch.randn(1, n, length, width, dtype=model.dtype, requires_grad=True) for n in shape.values())
     dout = torch.randn_like(q)
     seconds = []
     for _ in range(repeats + 1):  # the first warms up

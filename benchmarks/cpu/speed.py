@@ -30,6 +30,7 @@ TRL_BEYOND: dict[str, dict[str, Any]] = {
     "batches of 2, own loss": {"layout": "grouped", "autocast": True, "batch_rows": 2, "loss": "transformers"},
     "batches of 1, own loss": {"layout": "grouped", "autocast": True, "batch_rows": 1, "loss": "transformers"},
 }
+OURS_IN_BFLOAT16 = "ours, bfloat16"
 LITGPT_BATCHES = {"batches of 1": 1, "batches of 8": 8}
 
 
@@ -43,7 +44,7 @@ def contenders(job: dict[str, Any], rows: Rows, default_rows: int, checkpoint: s
 
     def trl(settings: dict[str, Any]) -> Contender:
         own = {"loss": "trl", "attention": "sdpa", "batch_rows": batch, **settings, "default": False}
-        own |= {"dtype": job["peers_dtype"], "autocast": own["autocast"] and job["peers_dtype"] == "bfloat16"}
+        own["autocast"] = own["autocast"] and job["dtype"] == "bfloat16"
         if own["layout"] == "packed":  # as many packs a step as hold about its rows
             tokens = sum(map(len, rows.grouped)) / len(rows.grouped) * a_step
             own["accumulation"] = max(1, round(tokens / job["pack_tokens"]))
@@ -53,12 +54,14 @@ def contenders(job: dict[str, Any], rows: Rows, default_rows: int, checkpoint: s
 
     def litgpt(batch_rows: int) -> Contender:
         own = {"what": "train", "checkpoint": checkpoint, "batch_rows": batch_rows, "rows": rows.grouped}
-        own |= {"dtype": job["peers_dtype"]}
         return lambda: job_io.ask(LITGPT, "child_litgpt.py", {**job, **own})
 
     default = {"default": True, "loss": "trl", "rows": rows.some(default_rows)}
+    ours = {**job, "what": "speed", "rows": rows.shuffled}
+    in_bfloat16 = {**ours, "dtype": "bfloat16"}
     return {
-        "ours": lambda: job_io.ask(OURS, "child_ours.py", {**job, "what": "speed", "rows": rows.shuffled}),
+        "ours": lambda: job_io.ask(OURS, "child_ours.py", ours),
+        OURS_IN_BFLOAT16: lambda: job_io.ask(OURS, "child_ours.py", in_bfloat16),
         "TRL, defaults": lambda: job_io.ask(TRL, "child_trl.py", {**job, **default}),
         **{f"TRL, {name}": trl(settings) for name, settings in {**TRL_SETTINGS, **TRL_BEYOND}.items()},
         **{f"LitGPT, {name}": litgpt(batch_rows) for name, batch_rows in LITGPT_BATCHES.items()},
@@ -82,7 +85,7 @@ def measure(
             job_io.ask(LITGPT, "child_litgpt.py", {**job, "what": "convert", "checkpoint": checkpoint})
 
         everyone = contenders({**job, "passes": 1}, pilot_rows, default_rows, checkpoint)
-        tried = [name for name in everyone if name not in ("ours", "TRL, defaults")]
+        tried = [name for name in everyone if name not in ("ours", OURS_IN_BFLOAT16, "TRL, defaults")]
         tried = [name for name in tried if has_litgpt or not name.startswith("LitGPT")]
         tried = [name for name in tried if not only or name in only]
         pilot = {name: run(name, everyone[name]) for name in tried}
@@ -93,7 +96,8 @@ def measure(
         settings = [f"TRL, {name}" for name in TRL_SETTINGS]
         chosen = [*fastest(settings, 2), *fastest([name for name in tried if name.startswith("TRL")], 1)]
         chosen += fastest([name for name in tried if name.startswith("LitGPT")], 1)
-        chosen = list(dict.fromkeys(["ours", *chosen, "TRL, defaults"]))
+        ours = ["ours"] if job["dtype"] == "bfloat16" else ["ours", OURS_IN_BFLOAT16]
+        chosen = list(dict.fromkeys([*ours, *chosen, "TRL, defaults"]))
         everyone = contenders(job, rows, default_rows, checkpoint)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for _ in range(rounds):

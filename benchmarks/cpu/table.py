@@ -1,4 +1,5 @@
-"""The figures of cpu.json as tables in docs/benchmarks.md, between two markers, so that none is typed by hand."""
+"""The figures of cpu.json and cpu_avx2.json as tables in docs/benchmarks.md, each between two markers, so that none is
+typed by hand."""
 
 import json
 from collections.abc import Iterable
@@ -8,9 +9,8 @@ from typing import Any
 from rows import ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- figures of cpu.json: begin -->", "<!-- figures of cpu.json: end -->"
 
-# (key, what it is, form); a key that cpu.json hasn't yet is shown as a dash.
+# (key, what it is, form)
 FIGURES = [
     ("vs_trl_tuned", "rows a second against TRL + PEFT, the fastest of its settings", "{:.2f} ×"),
     ("vs_trl_best", "against TRL with small batches and another loss, the fastest found", "{:.2f} ×"),
@@ -58,7 +58,7 @@ def shown(form: str, value: float | None) -> str:
 
 
 def render(found: dict[str, Any]) -> str:
-    """Markdown of everything that cpu.json holds."""
+    """Markdown of all figures."""
     spread, against = found.get("spread", {}), found.get("against", {})
     figures = []
     for key, what, form in FIGURES:
@@ -137,11 +137,13 @@ def render(found: dict[str, Any]) -> str:
 
 
 def write(results: Path, page: Path = PAGE) -> None:
-    """Puts the tables between the page's markers."""
-    if not results.is_file():
+    """Puts the tables between the page's markers for these results, if it has any."""
+    begin, end = (f"<!-- figures of {results.name}: {edge} -->" for edge in ("begin", "end"))
+    text = page.read_text(encoding="utf-8")
+    if not results.is_file() or begin not in text:
         return
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, found_end, after = rest.partition(END)
+    before, _, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
     assert found_end, f"{page.name} has both markers"
     tables = render(json.loads(results.read_text(encoding="utf-8")))
-    page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{tables}\n{end}{after}", encoding="utf-8")
