@@ -33,7 +33,6 @@ import table as table_section
 from rows import ROOT, all_rows, draw_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
-PLOT = ROOT / "docs" / "images" / "cost_per_length.png"
 OURS, TRL = speed_section.OURS, speed_section.TRL
 TOLERANCE = 1e-5
 
@@ -117,8 +116,8 @@ def cost(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
         "cost_per_length": by_length,
         "cost_linear_flop": linear,
     }
-    if asked.results == RESULTS:
-        job_io.ask(TRL, "child_plot.py", {"by_length": by_length, "linear_flop": linear, "to": str(PLOT)})
+    plot = table_section.plot_of(asked.results)
+    job_io.ask(TRL, "child_plot.py", {"by_length": by_length, "linear_flop": linear, "to": str(plot)})
     return result
 
 

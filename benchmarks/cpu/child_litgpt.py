@@ -32,6 +32,9 @@ def convert(job: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+PRECISION = {"bfloat16": "bf16-true", "float32": "32-true"}
+
+
 class Clock(torch.optim.AdamW):
     """AdamW that notes when each step ended."""
 
@@ -61,7 +64,7 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = Config.from_file(
         checkpoint / "model_config.yaml", lora_r=job["r"], lora_alpha=job["lora_alpha"], lora_dropout=0.0, **where
     )
-    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    fabric = L.Fabric(accelerator="cpu", devices=1, precision=PRECISION[job["dtype"]])
     fabric.seed_everything(job["seed"])
     with fabric.init_module(empty_init=False):
         model = GPT(config)

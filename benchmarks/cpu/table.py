@@ -57,7 +57,12 @@ def shown(form: str, value: float | None) -> str:
     return "–" if value is None else form.format(value)
 
 
-def render(found: dict[str, Any]) -> str:
+def plot_of(results: Path) -> Path:
+    """Where the picture of the cost by row length belongs."""
+    return PAGE.parent / "images" / f"cost_per_length{results.stem.removeprefix('cpu')}.png"
+
+
+def render(found: dict[str, Any], plot: Path) -> str:
     """Markdown of all figures."""
     spread, against = found.get("spread", {}), found.get("against", {})
     figures = []
@@ -109,7 +114,7 @@ def render(found: dict[str, Any]) -> str:
                 for length, at in found["cost_per_length"].items()
             ),
         )
-        parts.append("![Cost a token by row length](images/cost_per_length.png)\n")
+        parts.append(f"![Cost a token by row length](images/{plot.name})\n")
     if "ablation" in found:
         parts += rows_of(
             ["ours without", "speed", "memory"],
@@ -145,5 +150,5 @@ def write(results: Path, page: Path = PAGE) -> None:
     before, _, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     assert found_end, f"{page.name} has both markers"
-    tables = render(json.loads(results.read_text(encoding="utf-8")))
+    tables = render(json.loads(results.read_text(encoding="utf-8")), plot_of(results))
     page.write_text(f"{before}{begin}\n{tables}\n{end}{after}", encoding="utf-8")

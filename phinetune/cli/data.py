@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.errors import DataError, RecipeError
-from phinetune.recipe import Recipe, load_recipe, make_recipe
-from phinetune.recipe.load import yaml_value
+from phinetune.recipe import Recipe, apply_override, load_recipe, make_recipe
 
 WIDTH = 40  # of a histogram's longest bar
 
@@ -72,10 +71,8 @@ def _asked(what: Sequence[str], model: str | None) -> tuple[Recipe, Any]:
         if not items:
             raise RecipeError("data", "nothing to look at", "give a recipe, files, folders, a Hub id or -")
         given: dict[str, Any] = {"model": model or "smollm2", "data": {"train": items, "max_length": 4096}}
-        recipe, words = make_recipe(given, where="data")
         for setting in settings:
-            name, _, value = setting.partition("=")
-            given["data"][name.removeprefix("data.")] = yaml_value(value)
+            apply_override(given, setting)
         recipe, words = make_recipe(given, where="data")
 
     from phinetune.cli.quiet import quiet_libraries

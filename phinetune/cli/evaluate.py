@@ -28,12 +28,13 @@ def run_evaluate(
     from phinetune.adapter import load_tuned, recipe_of
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.data import Renderer
-    from phinetune.evaluate import compare, held_out
+    from phinetune.evaluate import check_held_out, compare, held_out
     from phinetune.train.estimate import has_room_to_fold
 
     quiet_libraries()
     recipe = recipe_of(run)
     evaluation = evaluation_of(recipe, metrics if answers else None, settings)
+    check_held_out(run, recipe, data)
     model, tokenizer = load_tuned(
         run, recipe.model_kwargs if recipe else ModelKwargs(), allow_template_mismatch=allow_mismatch
     )

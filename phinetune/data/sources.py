@@ -126,7 +126,10 @@ def _find(source: DataSource) -> Iterator[DataFile]:
     elif any(sign in said for sign in "*?[") and not (":" in said and is_hub_id(said)):
         root = Path(path.anchor) if path.is_absolute() else Path()
         pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else str(path)
-        found = sorted(p for p in root.glob(pattern) if p.is_file())
+        try:
+            found = sorted(p for p in root.glob(pattern) if p.is_file())
+        except ValueError as error:
+            raise DataError(said, f"is no pattern ({error})", "correct it") from None
         if not found:
             raise DataError(said, "no file matches", "correct the pattern")
         for file in found:

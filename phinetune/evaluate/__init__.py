@@ -1,7 +1,7 @@
 """How good a model is: held-out loss, and answers compared with what should have come."""
 
 from phinetune.evaluate.compare import Answer, Comparison, compare
-from phinetune.evaluate.held_out import dequantised_is_better, held_out
+from phinetune.evaluate.held_out import check_held_out, dequantised_is_better, held_out
 from phinetune.evaluate.loss import RowLosses, evaluate_loss, evaluate_rows
 from phinetune.evaluate.metrics import Measured, bootstrap, measure, measure_loss
 
@@ -11,6 +11,7 @@ __all__ = [
     "Measured",
     "RowLosses",
     "bootstrap",
+    "check_held_out",
     "compare",
     "dequantised_is_better",
     "evaluate_loss",

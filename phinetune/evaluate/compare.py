@@ -1,5 +1,6 @@
 """Base against tuned on the same held-out rows: one model, its adapters off and on."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from phinetune.evaluate.loss import RowLosses, evaluate_rows
 from phinetune.evaluate.metrics import Measured, measure, measure_loss
 from phinetune.generate import answers
 from phinetune.recipe import EvaluationConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def compare(
     """
     losses: dict[str, RowLosses] = {}
     asked = [turn for row in rows if (turn := renderer.last_answer(row))] if config.metrics else []
+    if config.metrics and len(asked) < len(rows):
+        log.warning(f"{len(rows) - len(asked):,} of {len(rows):,} held-out rows end with no answer to compare with")
     prompts, expected = [turn.prompt_ids for turn in asked], [turn.expected for turn in asked]
     said: dict[str, list[str]] = {"base": [""] * len(asked), "tuned": [""] * len(asked)}
     was_training = model.training

@@ -27,8 +27,8 @@ def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None 
         asked = like.model_copy(update={"train": data, "eval": None, "max_length": 1 << 20, "duplicates": "keep"})
         prepared = prepare(asked, tokenizer, seed=0)
         return prepared.train, prepared.train_rows
-    if recipe is None or recipe.data.eval in (None, 0):
-        raise DataError(str(run), "this run has no held-out rows", "give some with --data chats.jsonl")
+    check_held_out(run, recipe, data)
+    assert recipe is not None
     if gone := [path for path in _paths(recipe) if path == "-" or path.endswith(FROM_PYTHON)]:
         what = f"its rows ({gone[0]}) can't be read again, so what was held out is not known"
         raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
@@ -38,6 +38,14 @@ def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None 
         what = "the data has changed since the run, so what was held out then is not known"
         raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
     return prepared.eval, prepared.eval_rows
+
+
+def check_held_out(
+    run: Path, recipe: Recipe | None, data: str | None, mend: str = "give some with --data chats.jsonl"
+) -> None:
+    """Raises DataError, before anything is loaded, if neither the run nor `data` has rows to measure."""
+    if data is None and (recipe is None or recipe.data.eval in (None, 0)):
+        raise DataError(str(run), "this run has no held-out rows", mend)
 
 
 def _paths(recipe: Recipe) -> list[str]:
@@ -52,6 +60,8 @@ def dequantised_is_better(
 ) -> bool:
     """Whether a 4-bit run's adapter does better on the base as 4 bits leave it than on the base as it was, by the loss
     of held-out rows, which is said for both: it has learnt to mend what 4 bits do, as far as it has."""
+    mend = "give some with --data chats.jsonl, or choose by --onto base or --onto dequantised"
+    check_held_out(run, recipe, data, mend)
     losses = {}
     for name, in_4bit in (("the base as it was", False), ("the base as 4 bits leave it", True)):
         kwargs = recipe.model_kwargs.model_copy(update={"load_in_4bit": in_4bit})

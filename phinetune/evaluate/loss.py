@@ -2,17 +2,18 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from phinetune.data import Example
+from phinetune.data import Example, FlatBatch
 from phinetune.errors import RunError
 from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.model import flat_batches, row_losses
 
+AT_ONCE = 4096  # rows that are laid out: how long that takes grows with their square
 log = logging.getLogger(__name__)
 
 
@@ -66,6 +67,13 @@ def evaluate_rows(
         model.train(was_training)
 
 
+def _batches(model: Any, examples: Sequence[Example], max_tokens: int) -> Iterator[tuple[int, FlatBatch]]:
+    """Flat batches, and the row from which theirs are counted: laid out some thousand rows at a time."""
+    for first in range(0, len(examples), AT_ONCE):
+        for batch in flat_batches(model, examples[first : first + AT_ONCE], max_tokens):
+            yield first, batch
+
+
 def _losses(model: Any, examples: Sequence[Example], max_tokens: int, on_batch: Callable[[], None]) -> RowLosses:
     tokens = [example.supervised for example in examples]
     if not sum(tokens):
@@ -73,11 +81,12 @@ def _losses(model: Any, examples: Sequence[Example], max_tokens: int, on_batch: 
             "evaluation", "no token of these rows is supervised", "look at them with `phinetune data preview`"
         )
     losses = [0.0] * len(examples)
-    for batch in flat_batches(model, examples, max_tokens):
+    for first, batch in _batches(model, examples, max_tokens):
         on_batch()
-        for row, loss in zip(batch.rows, row_losses(model, batch.to(model.device)), strict=True):
+        rows = [first + row for row in batch.rows]
+        for row, loss in zip(rows, row_losses(model, batch.to(model.device)), strict=True):
             losses[row] = loss
-        if bad := [row for row in batch.rows if not math.isfinite(losses[row])]:
+        if bad := [row for row in rows if not math.isfinite(losses[row])]:
             named = ", ".join(examples[row].where for row in bad[:4])
             what = f"the held-out loss is {losses[bad[0]]} on rows {named}{' …' if len(bad) > 4 else ''}"
             raise RunError("evaluation", what, "look at these rows, or at the model's weights")

@@ -50,7 +50,8 @@ def packed_attention(
 
     Args:
         q_THD: queries (T, H, D); k_TKD, v_TKD: keys and values (T, K, D), K dividing H.
-        paths: of each segment; segments follow each other and fill the line.
+        paths: of each segment; segments follow each other and fill the line. A path is whole segments: those that
+            the one before its last is a path of, and its own.
         scaling: the factor on the scores, as a rule D ** -0.5.
         window: a token sees itself and the `window - 1` tokens before it; all of them where None.
 

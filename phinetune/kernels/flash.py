@@ -26,7 +26,7 @@ WIDEST = 256
 def serves(qkv_TJD: Tensor) -> bool:
     """Whether the kernel computes this."""
     return (
-        qkv_TJD.device.type == "cpu"
+        native.is_plain(qkv_TJD, qkv_TJD.dtype)
         and qkv_TJD.shape[2] % VECTOR == 0
         and qkv_TJD.shape[2] <= WIDEST
         and native.library("attention", qkv_TJD.dtype) is not None

@@ -2,12 +2,12 @@
 
 Full logits are T × V floats (1,024 tokens of SmolLM2: 200 MB in fp32), three times over in a plain
 backward pass.  Here the head runs over a few hundred supervised tokens at a time, and each chunk's
-gradient is made on the spot, in the forward pass, in the place of its logits; only the gradient of the
-hidden states is kept.
+gradient is made on the spot, in the forward pass; only the gradient of the hidden states is kept.
 
 Shape suffixes: N supervised tokens, C tokens of a chunk, D hidden width, V vocabulary.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -130,7 +130,10 @@ def _native_chunk(
     """The same in C++, without a copy of the weight."""
     sizes = *hidden_CD.shape, len(weight_VD), torch.get_num_threads()
     lse_C, log_p_C = torch.empty(len(hidden_CD)), torch.empty(len(hidden_CD))
-    targets_C = targets_C.contiguous()
+    targets_C = targets_C.long().contiguous()
+    if targets_C.min() < 0 or targets_C.max() >= len(weight_VD):
+        least, most = int(targets_C.min()), int(targets_C.max())
+        raise IndexError(f"targets are words from 0 to {len(weight_VD) - 1}, and there are some from {least} to {most}")
     native.call("loss", "head_forward", *sizes, hidden_CD, weight_VD, targets_C, logits, lse_C, log_p_C)
     if dhidden_CD is not None:
         at_target_C = torch.expm1(log_p_C) * times_C
@@ -141,13 +144,12 @@ def _native_chunk(
 
 def _is_native(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
     """Whether cpp/loss.cpp is for these."""
-    tensors = hidden_ND, weight_VD
-    plain = all(type(t.detach()) is Tensor and t.dtype is torch.bfloat16 and t.is_contiguous() for t in tensors)
-    on_cpu = hidden_ND.device.type == "cpu" and hidden_ND.shape[1] % 16 == 0 and len(hidden_ND) > 0
-    return plain and on_cpu and native.library("loss") is not None
+    plain = all(native.is_plain(t, torch.bfloat16) and t.is_contiguous() for t in (hidden_ND, weight_VD))
+    whole = hidden_ND.shape[1] % 16 == 0 and len(hidden_ND) > 0
+    return plain and whole and native.library("loss") is not None
 
 
-_held: list[Tensor] = []
+_held = threading.local()  # what a thread computes in isn't another's
 
 
 def _workspace(elements: int, like: Tensor) -> Tensor:
@@ -156,9 +158,11 @@ def _workspace(elements: int, like: Tensor) -> Tensor:
     if like.device.type != "cpu":
         return like.new_empty(elements)
     need = elements * like.element_size()
-    if not _held or _held[0].numel() < need:
-        _held[:] = [torch.empty(need, dtype=torch.uint8)]
-    return _held[0][:need].view(like.dtype)
+    held: Tensor | None = getattr(_held, "bytes", None)
+    if held is None or held.numel() < need:
+        with torch.inference_mode(False):  # it may be written to outside of it, later
+            held = _held.bytes = torch.empty(need, dtype=torch.uint8)
+    return held[:need].view(like.dtype)
 
 
 @compiled

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from phinetune.files import cache_folder
 
@@ -30,10 +31,14 @@ INSTRUCTIONS = {"avx512_bf16": 2, "avx2": 4}  # the best first; bytes of an elem
 log = logging.getLogger(__name__)
 
 
-@functools.cache
 def library(name: str, dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL | None:
     """The functions of cpp/NAME.cpp for tensors of a dtype; None where there are none, or where this machine can't run
     or compile them (said once, at warning level, where only the compiler is wanting)."""
+    return _library(name, dtype)
+
+
+@functools.cache
+def _library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or not _is_for(name, dtype):
         return None
     compiler = find_compiler()
@@ -42,7 +47,7 @@ def library(name: str, dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL | Non
         return None
     try:
         found = ctypes.CDLL(str(_compile(name, dtype, compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         log.warning(
             f"{compiler[0]} doesn't make the kernel {name!r} ({said[0] if said else error}): training is slower"
@@ -65,6 +70,11 @@ def kernels_for(dtype: torch.dtype) -> list[str]:
     return [name for name in KERNELS if library(name, dtype) is not None]
 
 
+def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is numbers of a dtype in this machine's memory: a subclass's may lie nowhere."""
+    return type(tensor.detach()) is Tensor and tensor.device.type == "cpu" and tensor.dtype is dtype
+
+
 def call(name: str, function: str, *arguments: Any, dtype: torch.dtype = torch.bfloat16) -> None:
     """A function of a library that is there: tensors go by their address, None as null, the rest as it is.
 
@@ -79,7 +89,7 @@ def call(name: str, function: str, *arguments: Any, dtype: torch.dtype = torch.b
 
 
 def _as_c(argument: Any) -> Any:
-    if argument is None or isinstance(argument, torch.Tensor):
+    if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(None if argument is None else argument.data_ptr())
     return argument
 
@@ -107,7 +117,9 @@ def _is_for(name: str, dtype: torch.dtype) -> bool:
 
 def _compile(name: str, dtype: torch.dtype, compiler: list[str]) -> Path:
     files = sorted(SOURCES.glob("*.h")) + [SOURCES / f"{name}.cpp"]
-    flags = [*FLAGS, "-DSTORED=float"] if dtype is torch.float32 else FLAGS
+    flags = [*FLAGS, f"-DPRODUCTS_IN_{(instructions() or '').upper()}"]
+    if dtype is torch.float32:
+        flags.append("-DSTORED=float")
     made_of = [
         *flags,
         *compiler,
@@ -118,15 +130,30 @@ def _compile(name: str, dtype: torch.dtype, compiler: list[str]) -> Path:
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     folder = cache_folder() / "kernels"
     made = folder / f"{name}-{digest}.so"
-    if made.is_file():
+    if _is_whole(made):
         return made
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as working:  # renamed when whole: others may be at it, too
         unfinished = Path(working) / made.name
         command = [*compiler, *flags, str(files[-1]), "-o", str(unfinished)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        own = Path(working) / _of_contents(made).name
+        own.write_text(hashlib.sha256(unfinished.read_bytes()).hexdigest(), encoding="utf-8")
         unfinished.replace(made)
+        own.replace(_of_contents(made))
     return made
+
+
+def _of_contents(made: Path) -> Path:
+    return made.with_suffix(".sha256")
+
+
+def _is_whole(made: Path) -> bool:
+    """Whether it is what was compiled: to load what was cut short, when the power went, say, ends the process."""
+    try:
+        return hashlib.sha256(made.read_bytes()).hexdigest() == _of_contents(made).read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 @functools.cache

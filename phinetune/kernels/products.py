@@ -94,7 +94,7 @@ def _native_product(
 
 def _is_native(a_MK: Tensor, b_KN: Tensor, y_MN: Tensor) -> bool:
     """Whether cpp/products.cpp is for these: numbers of bfloat16, y's rows and b's rows or columns in one piece."""
-    plain = all(type(t.detach()) is Tensor and t.dtype is torch.bfloat16 and t.numel() > 0 for t in (a_MK, b_KN, y_MN))
+    plain = all(native.is_plain(t, torch.bfloat16) and t.numel() > 0 for t in (a_MK, b_KN, y_MN))
     laid = 1 in b_KN.stride() and y_MN.stride(1) == 1
     return plain and laid and native.library("products") is not None
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phinetune.kernels import native
-from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.functional import Projection, draw_dropout
 
 VECTOR = 16  # widths are multiples of it
@@ -27,8 +26,7 @@ MOST_ELEMENTS = {"avx512_bf16": 1 << 23, "avx2": 1 << 29}
 def serves(x_TK: Tensor, *parts: Projection) -> bool:
     """Whether the kernel computes these parts."""
     return (
-        x_TK.dtype is torch.bfloat16
-        and x_TK.device.type == "cpu"
+        native.is_plain(x_TK, torch.bfloat16)
         and len(x_TK) > 0
         and holds(sum(weight.numel() for part in parts for weight in part.weights))
         and all(_is_laid_out(part) for part in parts)
@@ -58,7 +56,7 @@ def norm_gated_mlp(x_TD: Tensor, norm_weight_D: Tensor, eps: float, gate_up: Pro
 
 def _is_laid_out(part: Projection) -> bool:
     for weight in part.weights:
-        plain = not isinstance(weight, QuantisedWeight) and weight.dtype is torch.bfloat16 and weight.is_contiguous()
+        plain = native.is_plain(weight, torch.bfloat16) and weight.is_contiguous()
         if not plain or weight.shape[0] % VECTOR or weight.shape[1] % VECTOR:
             return False
     if part.factors is None:
@@ -85,14 +83,14 @@ class _Linears(torch.autograd.Function):
         rstd_T = None if norm_weight_K is None else x_TK.new_empty(len(x_TK), dtype=torch.float32)
         residual = None if residual_TN is None else residual_TN.contiguous()
         _call("linears_forward", [asked], x_TK, norm_weight_K, ctypes.c_float(eps), residual, y_TN, thin_TP, rstd_T)
-        ctx.save_for_backward(x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK)
+        ctx.save_for_backward(x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK, *trained)  # which mustn't change meanwhile
         ctx.layers, ctx.adds = layers, residual_TN is not None
         return y_TN
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK = ctx.saved_tensors
+        x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK, *_ = ctx.saved_tensors
         asked = _Asked(ctx.layers, keep_TK)
         dx_TK = torch.empty_like(x_TK) if ctx.needs_input_grad[2] else None
         dA, dB = asked.new_gradients()
@@ -122,14 +120,14 @@ class _NormGatedMLP(torch.autograd.Function):
         thins = [part.new_thin(x_TD) for part in parts]
         rstd_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
         _call("mlp_forward", parts, x_TD, norm_weight_D, ctypes.c_float(eps), y_TD, both_TF2, *thins, rstd_T)
-        ctx.save_for_backward(x_TD, norm_weight_D, rstd_T, both_TF2, *thins, keep_TD, keep_TF)
+        ctx.save_for_backward(x_TD, norm_weight_D, rstd_T, both_TF2, *thins, keep_TD, keep_TF, *trained)
         ctx.gate_up, ctx.down = gate_up, down
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down, keep_TD, keep_TF = ctx.saved_tensors
+        x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down, keep_TD, keep_TF, *_ = ctx.saved_tensors
         parts = [_Asked(ctx.gate_up, keep_TD), _Asked(ctx.down, keep_TF)]
         dx_TD = torch.empty_like(x_TD) if ctx.needs_input_grad[3] else None
         gradients = [part.new_gradients() for part in parts]
@@ -154,7 +152,7 @@ def _call(function: str, parts: Sequence["_Asked"], *arguments: Any, tokens: int
 
 
 class _LowRank(ctypes.Structure):
-    """As in decoder.cpp."""
+    """As in projection.h."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("out", "columns", "a", "rank")),

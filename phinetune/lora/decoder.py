@@ -104,7 +104,7 @@ class _NormLinears(torch.autograd.Function):
     ) -> Tensor:
         normed_TD, rstd_T1 = rms_norm(x_TD, norm_weight_D, eps)
         y_TN, kept = _project(normed_TD, layers)
-        ctx.save_for_backward(x_TD, norm_weight_D, rstd_T1, *kept)
+        ctx.save_for_backward(x_TD, norm_weight_D, rstd_T1, *kept, *trained)  # A and B mustn't change meanwhile
         ctx.layers = layers
         return y_TN
 
@@ -112,7 +112,7 @@ class _NormLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight_D, rstd_T1, *saved = ctx.saved_tensors
-        kept = _Kept(*saved)
+        kept = _Kept(*saved[:2])
         dthin_TR, dB = _low_rank_gradients(dy_TN, ctx.layers, kept)
         dA = _gradient_of_A(rms_norm_again(x_TD, norm_weight_D, rstd_T1), dthin_TR, ctx.layers, kept)
         dx_TD = None
@@ -126,7 +126,7 @@ class _LinearAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Projection, x_TK: Tensor, residual_TN: Tensor, *trained: Tensor | None) -> Tensor:
         y_TN, kept = _project(x_TK, layer)
-        ctx.save_for_backward(x_TK, *kept)
+        ctx.save_for_backward(x_TK, *kept, *trained)
         ctx.layer = layer
         return y_TN.add_(residual_TN)
 
@@ -134,7 +134,7 @@ class _LinearAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, *saved = ctx.saved_tensors
-        kept = _Kept(*saved)
+        kept = _Kept(*saved[:2])
         dthin_TR, dB = _low_rank_gradients(dy_TN, ctx.layer, kept)
         dA = _gradient_of_A(x_TK, dthin_TR, ctx.layer, kept)
         dx_TK = _input_gradient(dy_TN, dthin_TR, ctx.layer, kept) if ctx.needs_input_grad[1] else None
@@ -155,7 +155,7 @@ class _NormGatedMLP(torch.autograd.Function):
         normed_TD, rstd_T1 = rms_norm(x_TD, norm_weight_D, eps)
         gate_and_up, kept = _project(normed_TD, gate_up)
         y_TD, kept_down = _project(silu_mul(*gate_and_up.chunk(2, dim=-1)), down)
-        ctx.save_for_backward(x_TD, norm_weight_D, rstd_T1, gate_and_up, *kept, *kept_down)
+        ctx.save_for_backward(x_TD, norm_weight_D, rstd_T1, gate_and_up, *kept, *kept_down, *trained)
         ctx.gate_up, ctx.down = gate_up, down
         return y_TD.add_(x_TD)
 
@@ -163,7 +163,7 @@ class _NormGatedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight_D, rstd_T1, gate_and_up, *saved = ctx.saved_tensors
-        kept, kept_down = _Kept(*saved[:2]), _Kept(*saved[2:])
+        kept, kept_down = _Kept(*saved[:2]), _Kept(*saved[2:4])
         dthin_TR, dB_down = _low_rank_gradients(dy_TD, ctx.down, kept_down)
         dactivated_TF = _input_gradient(dy_TD, dthin_TR, ctx.down, kept_down)
         dboth, activated_TF = silu_mul_backward(dactivated_TF, *gate_and_up.chunk(2, dim=-1))

@@ -21,6 +21,7 @@ from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
 from phinetune.lora.decoder import linear_add, norm_gated_mlp, norm_linears
 from phinetune.lora.functional import Projection, side_by_side
+from phinetune.lora.layer import is_wrapped
 from phinetune.model.projection import computing_dtype, projection_of
 
 
@@ -96,6 +97,9 @@ class FastLayer(nn.Module):
         """The layer's linear layers; None if one does more than a product and a low-rank update, or something trains
         that the fast path gives no gradient."""
         attention, mlp = self.self_attn, self.mlp
+        own = (attention, mlp, self.input_layernorm, self.post_attention_layernorm)
+        if not hasattr(attention, "config") or any(map(is_wrapped, own)):  # somebody else's, or watched by them
+            return None
         config = attention.config
         if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", False):
             return None

@@ -88,7 +88,10 @@ def _worked_with(model: Any, batch: Batch) -> int:
             attention = 2 * (heads + 2 * kv_heads) * width * batch.tokens * element  # dq, dk, dv, and side by side
         elif _has_flash(model):
             laid_out = 3 * kv_heads * native.element_bytes()  # keys both ways, values
-            attention = (2 * heads * 4 + laid_out) * width * batch.tokens  # dk, dv
+            threads = torch.get_num_threads()
+            parts = 2 if heads % threads and heads < 8 * threads else 1  # of a head's queries
+            attention = (2 * heads * parts * 4 + laid_out) * width * batch.tokens  # dk, dv
+            attention += (heads + 2 * kv_heads) * width * batch.tokens * element
         else:
             queries = min(max(GROUP_SCORES // (heads * batch.longest), SMALLEST_BLOCK), LARGEST_BLOCK, batch.longest)
             keys = batch.tokens * (batch.longest + queries) // (2 * queries)  # of all blocks of queries

@@ -14,6 +14,7 @@ from phinetune.recipe.names import SECTIONS, current_name, known_names, nearest,
 from phinetune.recipe.schema import ModelKwargs, Recipe
 
 LENGTHS = ("max_length", "max_seq_length")  # of rows, in SFTConfig objects
+FILLED_IN = ("greater_is_better",)  # by transformers, after what the metric is called
 FREE_SECTIONS = ("tokenizer_kwargs",)  # passed on as they are
 LARGEST = 1 << 20  # bytes of a recipe
 
@@ -91,6 +92,8 @@ def make_recipe(
         for path, value in settled.items():
             owner, name = path.split(".")
             if tree.setdefault(owner, {}).setdefault(name, value) != value:
+                if path == "data.max_length" and dataclasses.is_dataclass(given[section]):
+                    continue  # an SFTConfig always has one: what `data` says is what was asked for
                 what = f"{path} is given twice, as {tree[owner][name]!r} and as {value!r} in {section}"
                 raise RecipeError(where, what, "keep one")
     for what in ("save", "eval"):
@@ -213,7 +216,7 @@ def _from_config_object(section: str, config: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     plain = _plain(config)
     for field in dataclasses.fields(config):
-        if not field.init or field.name.startswith("_"):
+        if not field.init or field.name.startswith("_") or field.name in FILLED_IN:
             continue
         value = getattr(config, field.name, None)
         value = getattr(value, "value", value)  # enums

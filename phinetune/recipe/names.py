@@ -49,6 +49,9 @@ MAPPED: dict[str, dict[str, tuple[str, Convert]]] = {
         "cutoff_len": ("data.max_length", _same),
         "assistant_only_loss": ("data.supervise", _supervise),
         "completion_only_loss": ("data.supervise", lambda value: "last" if value else "all"),
+        "activation_checkpointing": ("training_config.gradient_checkpointing", _same),
+        "activation_checkpointing_kwargs": ("training_config.gradient_checkpointing_kwargs", _same),
+        "dataset_num_proc": ("data.num_proc", _same),
         "lr": ("training_config.learning_rate", _same),
         "epochs": ("training_config.num_train_epochs", _same),
         "batch_size": ("training_config.per_device_train_batch_size", _same),
@@ -86,15 +89,14 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
             _HUB,
         ),
         **dict.fromkeys(
-            ["group_by_length", "length_column_name", "train_sampling_strategy", "padding_free", "pad_to_multiple_of"]
-            + ["pad_token", "packing_strategy", "eval_packing", "num_of_sequences", "chars_per_token", "infinite"]
-            + ["dataloader_drop_last"],
+            ["group_by_length", "length_column_name", "padding_free", "pad_to_multiple_of", "pad_token"]
+            + ["packing_strategy", "eval_packing", "num_of_sequences", "chars_per_token", "infinite"],
             _FLAT,
         ),
         **dict.fromkeys(
             ["dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_batch_size"]
             + ["dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_in_order"]
-            + ["dataset_num_proc", "remove_unused_columns", "label_names", "dispatch_batches", "split_batches"]
+            + ["remove_unused_columns", "label_names", "dispatch_batches", "split_batches"]
             + ["accelerator_config", "ignore_data_skip"],
             _LOADER,
         ),
@@ -148,13 +150,11 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
         "truncation_mode": "set data.excess_length_strategy: a row that is too long is listed, not cut, by default",
         "shuffle_dataset": "rows are always shuffled, by data_seed",
         "activation_offloading": "activations stay on the device",
-        "activation_checkpointing": "set gradient_checkpointing",
-        "activation_checkpointing_kwargs": "set gradient_checkpointing",
     },
     "peft_config": {
         **dict.fromkeys(
             ["peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"]
-            + ["peft_version", "megatron_config", "megatron_core", "fan_in_fan_out", "ensure_weight_tying"],
+            + ["peft_version", "megatron_config", "megatron_core", "fan_in_fan_out"],
             "it is written into adapter_config.json by what was done",
         ),
     },
@@ -178,11 +178,15 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(["label_smoothing_factor", "loss_type"], "is not supported: the loss is plain cross-entropy"),
         **dict.fromkeys(["optim_args", "optim_target_modules"], "is not supported: the optimiser is AdamW"),
         "neftune_noise_alpha": "is not supported: no noise is added to embeddings",
+        "greater_is_better": "is not supported: of eval_loss and perplexity the smaller is better",
+        "train_sampling_strategy": "is not supported: rows are shuffled, by data_seed",
+        "dataloader_drop_last": "is not supported: the last step of an epoch takes the rows that are left",
     },
     "peft_config": dict.fromkeys(
         ["lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "loftq_config", "eva_config"]
         + ["corda_config", "use_qalora", "qalora_group_size", "alora_invocation_tokens", "arrow_config"]
-        + ["lora_ga_config", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"],
+        + ["lora_ga_config", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"]
+        + ["ensure_weight_tying"],
         "is not supported yet",
     ),
     "model_kwargs": {"bnb_4bit_quant_storage": "is not supported: codes are kept in uint8"},
@@ -194,7 +198,8 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 # Values of refused names that ask for what happens anyway.
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "loss_type": ("nll", "chunked_nll"),
+    "loss_type": (None, "nll", "chunked_nll"),
+    "train_sampling_strategy": (None, "random", "group_by_length"),
     "bnb_4bit_quant_storage": ("uint8",),
     "num_beams": (1,),
     "typical_p": (1.0,),
@@ -214,7 +219,8 @@ _NOTHING_ASKED: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 def unfold(section: str, given: dict[str, Any]) -> dict[str, Any]:
-    """`quantization_config`, a BitsAndBytesConfig or a mapping like one, as the settings that it holds."""
+    """`quantization_config`, a BitsAndBytesConfig or a mapping like one, as the settings that it holds; what stands
+    beside it, as an override does, is stronger."""
     config = given.get("quantization_config") if section == "model_kwargs" else None
     config = config.to_dict() if config is not None and hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping):
@@ -223,7 +229,7 @@ def unfold(section: str, given: dict[str, Any]) -> dict[str, Any]:
     asked = {
         name: value for name, value in config.items() if not name.startswith("_") and plain.get(name, ...) != value
     }
-    return {**{name: value for name, value in given.items() if name != "quantization_config"}, **asked}
+    return {**asked, **{name: value for name, value in given.items() if name != "quantization_config"}}
 
 
 def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
@@ -240,6 +246,8 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
     faults: list[str] = []
     for name, value in given.items():
         path = f"{section}.{name}"
+        if name == "completion_only_loss" and value is None:  # by what the rows are, as here
+            continue
         if name in SECTIONS[section].model_fields or name in MAPPED[section]:
             new_path, value = current_name(section, name, value)
             if settled.get(new_path, value) != value:

@@ -51,6 +51,20 @@ def _known_dtype(value: str) -> str:
     return name
 
 
+def _numbers(value: Any) -> Any:
+    """A mapping whose `1e-5` is a number, which YAML reads as text; nothing is none."""
+    if not isinstance(value, dict):
+        return {} if value is None else value
+    return {name: _number(given) if isinstance(given, str) else given for name, given in value.items()}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _not_reentrant(value: dict[str, Any]) -> dict[str, Any]:
     others = {name: given for name, given in value.items() if (name, given) != ("use_reentrant", False)}
     if others:
@@ -228,7 +242,7 @@ class TrainingConfig(Section):
     """Ends after this many steps, whatever the epochs, where positive."""
     lr_scheduler_type: str = "linear"
     """linear, cosine, constant, constant_with_warmup, … as transformers names them."""
-    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    lr_scheduler_kwargs: Annotated[dict[str, Any], BeforeValidator(_numbers)] = Field(default_factory=dict)
     """Passed to the schedule."""
     warmup_steps: WarmupSteps = 0.0
     """Steps of warm-up; below 1, a share of all steps."""
@@ -240,9 +254,9 @@ class TrainingConfig(Section):
     """Recomputes the first layers alone, so many or, by `auto`, the fewest that `max_memory_gb` asks for."""
     max_memory_gb: Annotated[float, Field(gt=0)] | None = None
     """What the run should stay below, in 10⁹ bytes; by default what the machine has free."""
-    gradient_checkpointing_kwargs: Annotated[dict[str, Any], AfterValidator(_not_reentrant)] = Field(
-        default_factory=dict
-    )
+    gradient_checkpointing_kwargs: Annotated[
+        dict[str, Any], BeforeValidator(lambda value: {} if value is None else value), AfterValidator(_not_reentrant)
+    ] = Field(default_factory=dict)
     """`use_reentrant: false` is what is always used."""
     logging_strategy: Strategy = "steps"
     """When a line goes to metrics.jsonl."""
@@ -280,8 +294,6 @@ class TrainingConfig(Section):
     """The adapter at the end is that of the best evaluation, not the last one."""
     metric_for_best_model: Annotated[str, AfterValidator(_known_metric)] | None = None
     """eval_loss (the default where one is needed) or perplexity: by what the best checkpoint is kept."""
-    greater_is_better: bool | None = None
-    """Whether a larger value of `metric_for_best_model` is better; for both that there are it isn't."""
     early_stopping_patience: PositiveInt | None = None
     """Ends when so many evaluations one after the other haven't improved (EarlyStoppingCallback)."""
     early_stopping_threshold: NonNegativeFloat = 0.0

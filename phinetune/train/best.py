@@ -14,7 +14,6 @@ class Best:
     """The state is in checkpoints, so that a resumed run stops where the whole one would."""
 
     metric: str
-    greater_is_better: bool
     patience: int | None
     threshold: float
     keeps: bool  # a checkpoint of the best step
@@ -29,7 +28,6 @@ class Best:
         metric = (config.metric_for_best_model or "eval_loss").removeprefix("eval_")
         return cls(
             metric="eval_loss" if metric == "loss" else metric,
-            greater_is_better=bool(config.greater_is_better),
             patience=config.early_stopping_patience,
             threshold=config.early_stopping_threshold,
             keeps=keeps,
@@ -45,7 +43,7 @@ class Best:
         value = measured[self.metric]
         if step == 0:
             return
-        gain = math.inf if self.value is None else (value - self.value) * (1 if self.greater_is_better else -1)
+        gain = math.inf if self.value is None else self.value - value  # of both metrics the smaller is better
         self.without_gain = 0 if gain > self.threshold else self.without_gain + 1
         if gain > 0:
             self.step, self.value = step, value

@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,7 +55,7 @@ from phinetune.train.checkpoint import (
     read_state,
 )
 from phinetune.train.estimate import expected_gb, expected_seconds, has_room_to_fold
-from phinetune.train.log import MetricsWriter, ProgressBar, run_log
+from phinetune.train.log import MetricsWriter, ProgressBar, early_log, run_log
 from phinetune.train.loop import Loop, progress_of
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import learning_rates, make_optimizer
@@ -83,14 +84,14 @@ FREE_TO_CHANGE = {
         *("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"),
         *("gradient_checkpointing", "gradient_checkpointing_layers", "max_memory_gb"),
     },
-    "data": {"train", "eval", "max_rejected", "num_proc", "duplicates", "held_out_in_train"},
+    "data": {"train", "eval", "max_rejected", "num_proc", "duplicates", "held_out_in_train", "max_batch_tokens"},
     "model_kwargs": {"token", "cache_dir"},
 }
 
 # Everything a run writes into its folder.
 WRITTEN = [
     "adapter_config.json", "adapter_model.safetensors", "additional_chat_templates", "answers.jsonl",
-    "chat_format.json", "chat_template.jinja", "checkpoint-*", "ledger.json", "metrics.jsonl", "recipe.yaml",
+    "chat_format.json", "chat_template.jinja", "ledger.json", "metrics.jsonl", "recipe.yaml",
     "rejected.jsonl", "report.html", "run.json", "special_tokens_map.json", "summary.json", "tensorboard",
     "tokenizer*", "train.log", "wandb", "mlruns", ".tmp-checkpoint-*",
 ]  # fmt: skip
@@ -130,12 +131,15 @@ def train(
     """
     began = time.perf_counter()
     config, folder = recipe.training_config, Path(recipe.training_config.output_dir)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        what = f"asks for {os.environ['WORLD_SIZE']} processes, and a run is one"
+        raise RecipeError("WORLD_SIZE", what, "start it without torchrun")
     _check_folder(folder, bool(resume), overwrite or config.overwrite_output_dir)
     device = pick_device(config.use_cpu)
     keep_freed_memory()
     threads = settle_threads()
     native.prepare(device)
-    with listening() as signals, MemoryPeak(device) as memory:
+    with early_log(), listening() as signals, MemoryPeak(device) as memory:
         tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
         checkpoint = _checkpoint_to_resume(folder, resume)
         if checkpoint is not None:
@@ -145,6 +149,7 @@ def train(
         check_trackers(recipe)
         _check_evaluations(config, data)
         loop = make_loop(recipe, tokenizer, data, signals, checkpoint)
+        _check_evaluations(config, data, loop)
         _check_room(loop)
         signals.check()
         with _output(folder, loop.recipe, data, tokenizer, fresh=not resume) as begun:
@@ -211,6 +216,7 @@ def make_loop(
     model = load_model(recipe.model, recipe.model_kwargs, device, layers)
     adapt_model(model, recipe.peft_config, config.seed)
     batch = largest_batch(data, recipe.data.max_batch_tokens)
+    _check_tokens(recipe, model, tokenizer, batch)
     recompute(model, _layers_to_recompute(model, config, batch))
     return Loop(
         recipe=recipe,
@@ -260,8 +266,9 @@ def _ending_at_once(loop: Loop, is_of_last_step: bool) -> Iterator[None]:
         raise Stopped(f"step {loop.step}", what, "go on with --resume", interrupted.number) from None
 
 
-def _check_evaluations(config: TrainingConfig, data: Prepared) -> None:
-    """Raises RecipeError if evaluations are to decide something, and there are none."""
+def _check_evaluations(config: TrainingConfig, data: Prepared, loop: Loop | None = None) -> None:
+    """Raises RecipeError if evaluations are to decide something, and there are none; once there is a loop, none of its
+    steps."""
     asked = {
         "load_best_model_at_end": config.load_best_model_at_end,
         "metric_for_best_model": config.metric_for_best_model is not None,
@@ -272,6 +279,9 @@ def _check_evaluations(config: TrainingConfig, data: Prepared) -> None:
         lacking = "held-out rows" if not len(data.eval) else "evaluations on the way"
         mend = "set data.eval" if not len(data.eval) else "set training_config.eval_strategy: steps or epoch"
         raise RecipeError(f"training_config.{names[0]}", f"needs {lacking}, and there are none", mend)
+    if names and loop is not None and not loop.evaluates_at:
+        what = f"needs evaluations on the way, and none falls into {len(loop.steps)} steps"
+        raise RecipeError(f"training_config.{names[0]}", what, "evaluate more often: eval_strategy=steps, eval_steps")
 
 
 def _check_room(loop: Loop) -> None:
@@ -315,7 +325,7 @@ def _about(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run wrote, by name; anything else in the folder is somebody else's."""
-    for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
+    for path in [*list_checkpoints(folder), *(path for pattern in WRITTEN for path in folder.glob(pattern))]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -336,6 +346,9 @@ def _identity(recipe: Recipe, data: Prepared) -> dict[str, Any]:
 def _with_dtype(recipe: Recipe, device: torch.device, checkpoint: Path | None) -> Recipe:
     """The recipe with `dtype: auto` resolved: as the checkpoint has it, else by what this machine is faster in."""
     dtype = recipe.model_kwargs.dtype
+    if dtype == "float16":
+        what = "is not for training: gradients in it need loss scaling, which there is none of"
+        raise RecipeError("model_kwargs.dtype=float16", what, "use bfloat16 or float32")
     if dtype == "auto" and checkpoint is not None:
         dtype = read_state(checkpoint).get("identity", {}).get("model_kwargs.dtype", dtype)
     if recipe.model_kwargs.dtype != "auto":
@@ -378,6 +391,26 @@ def _check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
     if changed:
         what = f"belongs to another run ({'; '.join(changed[:5])})"
         raise CheckpointError(str(checkpoint), what, "resume with its own recipe and data")
+
+
+def _check_tokens(recipe: Recipe, model: Any, tokenizer: Any, batch: Batch) -> None:
+    """Warns of rows that are longer than the model was made for.
+
+    Raises:
+        RecipeError: if it can't be given them, or has no embeddings for tokens that `tokenizer_kwargs` added.
+    """
+    words = model.get_input_embeddings().num_embeddings
+    if recipe.tokenizer_kwargs and len(tokenizer) > words:
+        what = f"makes {len(tokenizer):,} tokens, and {recipe.model} has embeddings for {words:,}"
+        raise RecipeError("tokenizer_kwargs", what, "name tokens that the model has")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or batch.longest <= positions:
+        return
+    what = f"{recipe.model} was made for {positions:,} positions, and the longest row has {batch.longest:,} tokens"
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings()]
+    if any(positions <= table.num_embeddings <= positions + 2 for table in tables):  # OPT's has two more
+        raise RecipeError("data.max_length", what, f"set data.max_length={positions}")
+    log.warning(f"{what}: it answers badly where it never was; data.max_length={positions} leaves such rows out")
 
 
 def largest_batch(data: Prepared, max_batch_tokens: int) -> Batch:

@@ -21,6 +21,19 @@ console = Console(stderr=True, highlight=False, force_jupyter=False)
 
 
 @contextmanager
+def early_log() -> Iterator[None]:
+    """What is logged before a run's log is open goes to the screen at once, and into `train.log` as soon as it is."""
+    logger, early = logging.getLogger("phinetune"), _Early()
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(early)
+    try:
+        yield
+    finally:
+        logger.removeHandler(early)
+        logger.propagate = before
+
+
+@contextmanager
 def run_log(folder: Path, level: str) -> Iterator[None]:
     """Everything logged under `phinetune` goes to the screen and to `train.log`, for a `with` block.
 
@@ -34,6 +47,10 @@ def run_log(folder: Path, level: str) -> Iterator[None]:
     before = logger.level, logger.propagate
     logger.propagate = False
     logger.setLevel("INFO" if level == "passive" else level.upper())
+    for early in [handler for handler in logger.handlers if isinstance(handler, _Early)]:
+        logger.removeHandler(early)
+        for record in early.records:
+            file.handle(record)
     for handler in (screen, file):
         logger.addHandler(handler)
     try:
@@ -103,6 +120,16 @@ class MetricsWriter:
         kept = [line for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True) if stays(line)]
         with replacing(self._path, sum(map(len, kept))) as work:
             work.write_text("".join(kept), encoding="utf-8")
+
+
+class _Early(_Screen):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+        super().emit(record)
 
 
 class ProgressBar:

@@ -166,9 +166,17 @@ class Loop:
         if config.save_strategy != "no":
             self._save_at.add(total)
 
+    @property
+    def evaluates_at(self) -> set[int]:
+        """Steps behind which held-out rows are measured."""
+        return self._eval_at
+
     def resume(self, checkpoint: Path) -> None:
         """Puts adapter, optimiser and counters back as they were behind the checkpoint's step."""
         self.step, self.counters, self.best, max_batch_tokens = progress_of(checkpoint, self.recipe.training_config)
+        if self.max_batch_tokens < max_batch_tokens:
+            words = "the same updates but for rounding, and for what dropout draws"
+            log.warning(f"flat batches of {self.max_batch_tokens:,} tokens, {max_batch_tokens:,} before: {words}")
         self.max_batch_tokens = min(self.max_batch_tokens, max_batch_tokens)
         load_checkpoint(checkpoint, self.model, self.optimizer)
         log.info(f"resuming behind step {self.step} from {checkpoint}")

@@ -1,4 +1,4 @@
-"""AdamW on the LoRA parameters, and the learning rate as a function of the step."""
+"""AdamW on what trains, and the learning rate as a function of the step."""
 
 import math
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, peft_config: PeftCo
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig, peft_config: PeftConfig) -> list[dict[str, Any]]:
-    """What trains, by `lr_factor` (of the scheduled learning rate) and weight decay, which biases don't have.
+    """What trains, by `lr_factor` (of the scheduled learning rate) and weight decay, which biases and norms don't have.
 
     LoRA+ (Hayou et al., 2024): B, DoRA's magnitudes and biases learn `loraplus_lr_ratio` times as fast as A, and
     embeddings' matrices at `loraplus_lr_embedding`.
@@ -66,7 +66,8 @@ def parameter_groups(model: nn.Module, config: TrainingConfig, peft_config: Peft
             lr_factor = peft_config.loraplus_lr_embedding / config.learning_rate
         else:
             lr_factor = ratio if own.startswith("lora_B") or parameter.ndim == 1 else 1.0
-        weight_decay = 0.0 if is_bias(own) else config.weight_decay
+        is_norm = "norm" in type(model.get_submodule(owner)).__name__.lower()
+        weight_decay = 0.0 if is_bias(own) or is_norm else config.weight_decay
         groups.setdefault((lr_factor, weight_decay), []).append(parameter)
     return [
         {"params": parameters, "lr_factor": lr_factor, "weight_decay": weight_decay}

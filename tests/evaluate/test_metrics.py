@@ -215,6 +215,17 @@ def test_each_rows_loss_is_that_of_the_row_alone(family):
         assert tokens == sum(row.mask)
 
 
+def test_rows_are_laid_out_some_at_a_time(monkeypatch):
+    model, rng = tiny_model("llama", vocab_size=300), random.Random(5)
+    made = [[rng.randrange(300) for _ in range(3 + i)] for i in range(7)]
+    rows = [Example(str(i), ids, [True] * len(ids)) for i, ids in enumerate(made)]
+    whole = evaluate_rows(model, rows, 64)
+    monkeypatch.setattr("phinetune.evaluate.loss.AT_ONCE", 3)
+    found = evaluate_rows(model, rows, 64)
+    assert found.tokens == whole.tokens
+    assert found.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
 def tiny_gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -28,8 +28,8 @@ of_both_dtypes = pytest.mark.parametrize(
     "dtype", [_of(torch.bfloat16), _of(torch.float32)], ids=["bfloat16", "float32"]
 )
 
-# Segments that continue earlier ones, of odd lengths, over several blocks of 64 queries and 128 keys.
-TREE = [[(0, 140)], [(0, 140), (140, 205)], [(0, 140), (140, 205), (205, 220)], [(0, 140), (220, 229)], [(229, 360)]]
+# Segments that continue earlier ones, of odd lengths, over several blocks of 64 queries and 256 keys.
+TREE = [[(0, 290)], [(0, 290), (290, 355)], [(0, 290), (290, 355), (355, 370)], [(0, 290), (370, 379)], [(379, 510)]]
 
 
 def exact_attention(qkv, angles, kv_heads, paths, scaling, window):
@@ -124,6 +124,16 @@ def test_the_loss_head(monkeypatch, tokens, vocabulary):
     assert (hidden.grad.double() - exact.grad).norm() <= 1e-2 * exact.grad.norm() + 1e-4
 
 
+@needs_kernels
+@pytest.mark.parametrize("wrong", [-1, 70])
+def test_a_target_that_is_no_word(wrong):
+    hidden, weight = torch.randn(2, 16).bfloat16(), torch.randn(70, 16).bfloat16()
+    as_int32 = loss.linear_cross_entropy_sum(hidden, weight, torch.tensor([3, 69], dtype=torch.int32))
+    assert torch.equal(as_int32, loss.linear_cross_entropy_sum(hidden, weight, torch.tensor([3, 69])))
+    with pytest.raises(IndexError, match=f"from 0 to 69, and there are some from {min(3, wrong)} to {max(3, wrong)}"):
+        loss.linear_cross_entropy_sum(hidden, weight, torch.tensor([3, wrong]))
+
+
 @pytest.mark.skipif(native.instructions() != "avx2", reason="products elsewhere read probabilities as bfloat16")
 def test_the_many_words_of_little_probability_count():
     """All words are equally likely and weigh the same: the gradient is nothing, each word a 49,152nd of it."""
@@ -136,7 +146,7 @@ def test_the_many_words_of_little_probability_count():
 def test_the_same_bits_again(dtype):
     """Sums don't depend on which thread is first."""
     torch.manual_seed(0)
-    qkv, angles = torch.randn(360, 12, 64).to(dtype), torch.randn(360, 32)
+    qkv, angles = torch.randn(510, 12, 64).to(dtype), torch.randn(510, 32)
     cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
     hidden, weight, targets = torch.randn(360, 64).bfloat16(), torch.randn(500, 64).bfloat16(), torch.arange(360)
     results = []
@@ -175,3 +185,33 @@ def test_without_a_compiler_there_are_no_kernels(environment, said, tmp_path):
         assert "kernel" not in done.stderr
     else:
         assert said in done.stderr
+
+
+@needs_kernels
+def test_a_kernel_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHINETUNE_CACHE", str(tmp_path))
+    made = native._compile("loss", torch.bfloat16, native.find_compiler())
+    whole = made.stat().st_size
+    made.write_bytes(made.read_bytes()[: whole // 2])  # which would end the process, if it were loaded
+    assert native._compile("loss", torch.bfloat16, native.find_compiler()) == made
+    assert made.stat().st_size == whole
+
+
+def test_a_tensor_that_lies_nowhere_is_not_plain():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert native.is_plain(torch.ones(2), torch.float32) and native.is_plain(
+        torch.nn.Parameter(torch.ones(2)), torch.float32
+    )
+    assert not native.is_plain(torch.ones(2), torch.bfloat16)
+    assert not native.is_plain(torch.ones(2, device="meta"), torch.float32)
+    with FakeTensorMode():
+        assert not native.is_plain(torch.ones(2), torch.float32)
+
+
+def test_working_memory_of_inference_serves_training():
+    with torch.inference_mode():
+        loss.linear_cross_entropy_sum(torch.randn(50, 8), torch.randn(3000, 8), torch.arange(50))
+    hidden = torch.randn(50, 8, requires_grad=True)
+    loss.linear_cross_entropy_sum(hidden, torch.randn(3000, 8), torch.arange(50)).backward()
+    assert hidden.grad.norm() > 0

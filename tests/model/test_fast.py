@@ -151,3 +151,24 @@ def test_auto_is_the_dtype_in_which_torch_multiplies_faster(
     assert load.resolve_dtype("auto", torch.device("cuda")) == "bfloat16"
     assert load.resolve_dtype("bfloat16", torch.device("cpu"), model_type) == "bfloat16"
     assert ("float32 is faster here" in caplog.text) == warns
+
+
+def test_somebody_elses_attention_and_hooks_on_its_parts_are_honoured():
+    """PEFT's AdaptionPrompt puts its own module around attention; whoever watches a part sees its calls."""
+    import peft
+
+    import phinetune
+
+    torch.manual_seed(0)
+    ids, positions = torch.arange(20)[None], torch.cat([torch.arange(9), torch.arange(11)])[None]
+    plain = peft.get_peft_model(
+        tiny_model("llama"), peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    )
+    reference = plain(input_ids=ids, position_ids=positions).logits
+    accelerated = phinetune.accelerate(plain)
+    assert relative_error(accelerated(input_ids=ids, position_ids=positions).logits, reference) < 1e-5
+
+    model, seen = phinetune.accelerate(tiny_model("llama")), []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    model(input_ids=ids, position_ids=positions, use_cache=False)
+    assert len(seen) == 1

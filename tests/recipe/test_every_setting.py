@@ -296,10 +296,6 @@ def best(run: Seen) -> int:
     return min(evaluations(run), key=evaluations(run).__getitem__)
 
 
-def worst(run: Seen) -> int:
-    return max(evaluations(run), key=evaluations(run).__getitem__)
-
-
 def shrunk(run: Seen) -> float:
     """What step 1 leaves of A, which has no gradient while B is zero."""
     norms = [norm({n: t for n, t in weights.items() if n.endswith("lora_A")}) for weights in run.weights[:2]]
@@ -858,7 +854,6 @@ CASES = [
         Case("load_best_model_at_end", True, lambda run: kept(run) == [best(run)], (False, True), SPOILT),
         Case("metric_for_best_model", "eval_loss", lambda run: best(run) in checkpoints(run), (False, True), SPOILT),
         Case("metric_for_best_model", "perplexity", best_metric, ("eval_loss", "perplexity"), BEST_KEPT),
-        Case("greater_is_better", True, lambda run: kept(run) == [worst(run)], (False, True), BEST_KEPT),
         Case("early_stopping_patience", 1, lambda run: step_count(run) == best(run) + 1, (False, True), SPOILT),
         Case("early_stopping_threshold", 100, step_count, (3, 2), {**EVALUATED, **training(early_stopping_patience=1)}),
     ),

@@ -39,6 +39,8 @@ def test_every_name_of_the_installed_training_arguments_and_lora_config_is_known
         ("training_config", "warmup_ratio", 0.2, "training_config.warmup_steps", 0.2),
         ("training_config", "max_seq_length", 512, "data.max_length", 512),
         ("training_config", "no_cuda", True, "training_config.use_cpu", True),
+        ("training_config", "activation_checkpointing", True, "training_config.gradient_checkpointing", True),
+        ("training_config", "dataset_num_proc", 2, "data.num_proc", 2),
         ("model_kwargs", "torch_dtype", "torch.bfloat16", "model_kwargs.dtype", "bfloat16"),
         ("peft_config", "lora_r", 4, "peft_config.r", 4),
     ],
@@ -85,6 +87,10 @@ def test_a_name_without_counterpart_is_said_aloud():
         ({"training_config": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor=0.1 is not supported"),
         ({"training_config": {"neftune_noise_alpha": 5}}, "neftune_noise_alpha=5 is not supported"),
         ({"training_config": {"loss_type": "dft"}}, "loss_type='dft' is not supported: the loss is plain"),
+        ({"training_config": {"greater_is_better": True}}, "of eval_loss and perplexity the smaller is better"),
+        ({"training_config": {"train_sampling_strategy": "sequential"}}, "rows are shuffled"),
+        ({"training_config": {"dataloader_drop_last": True}}, "takes the rows that are left"),
+        ({"peft_config": {"ensure_weight_tying": True}}, "is not supported yet"),
         ({"learning_rate": 1}, "learning_rate belongs in training_config"),
         ({"training_config": {"learning_rate": -1}}, "training_config.learning_rate=-1"),
         (
@@ -106,8 +112,25 @@ def test_what_is_wrong_is_named(given, message):
 def test_harmless_values_of_unsupported_names_pass():
     make_recipe({**MINIMAL, "peft_config": {"use_dora": False, "init_lora_weights": True, "modules_to_save": None}})
     same = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "loss_type": "nll", "report_to": "none"}
-    _, words = make_recipe({**MINIMAL, "training_config": same})
+    same |= {"completion_only_loss": None, "lr_scheduler_kwargs": None, "gradient_checkpointing_kwargs": None}
+    recipe, words = make_recipe({**MINIMAL, "training_config": same})
     assert words == []
+    assert recipe.data.supervise == "assistant"
+
+
+def test_a_number_that_yaml_reads_as_text(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: a\ndata: {train: a}\ntraining_config: {lr_scheduler_kwargs: {min_lr: 1e-5, decay_type: cosine}}\n"
+    )
+    assert load_recipe(path)[0].training_config.lr_scheduler_kwargs == {"min_lr": 1e-5, "decay_type": "cosine"}
+
+
+def test_an_override_is_stronger_than_a_quantization_config(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: a\ndata: {train: a}\nmodel_kwargs: {quantization_config: {load_in_4bit: true}}\n")
+    assert load_recipe(path)[0].model_kwargs.load_in_4bit
+    assert not load_recipe(path, ["load_in_4bit=false"])[0].model_kwargs.load_in_4bit
 
 
 def test_the_samples_own_values_pass():
@@ -153,6 +176,8 @@ class LikeSFTConfig:
 def test_an_object_of_a_class_that_this_machine_makes_no_plain_one_of():
     recipe, words = make_recipe({**MINIMAL, "training_config": LikeSFTConfig(bf16=False)})
     assert recipe.data.max_length == 1024, "its own, though that is its default"
+    given = {**MINIMAL, "data": {"train": "a", "max_length": 99}, "training_config": LikeSFTConfig(bf16=False)}
+    assert make_recipe(given)[0].data.max_length == 99, "an object always has one"
     assert recipe.training_config.learning_rate == 2e-5
     assert [word for word in words if "max_length" in word]
 
@@ -176,6 +201,13 @@ def test_real_config_objects_are_taken_whole(tmp_path):
     assert recipe.peft_config.target_modules == ["q_proj", "v_proj"]
     assert words == []
     assert recipe.training_config.save_total_limit is None, "the object's own default: keep all"
+    by_perplexity = transformers.TrainingArguments(
+        output_dir=str(tmp_path), metric_for_best_model="perplexity", load_best_model_at_end=True,
+        eval_strategy="steps", eval_steps=500,
+    )  # fmt: skip
+    assert by_perplexity.greater_is_better, "which transformers fills in by the name"
+    recipe, _ = make_recipe({**MINIMAL, "training_config": by_perplexity})
+    assert recipe.training_config.metric_for_best_model == "perplexity"
 
 
 @pytest.mark.parametrize(

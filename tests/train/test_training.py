@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,10 +210,12 @@ def test_an_output_folder_is_emptied_of_a_runs_files_alone(tmp_path, tiny_llama_
     phinetune.finetune(**settings)
     (folder / "notes.txt").write_text("mine")
     (folder / "checkpoint-99").mkdir()
+    (folder / "checkpoint-1-merged").mkdir()  # as `phinetune merge` calls it
     phinetune.finetune(**settings, overwrite=True)
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "checkpoint-99").exists()
-    assert {p.name for p in folder.iterdir() if not any(p.match(w) for w in WRITTEN)} == {"notes.txt"}
+    others = {path.name for path in folder.iterdir() if not any(path.match(pattern) for pattern in WRITTEN)}
+    assert others == {"notes.txt", "checkpoint-1", "checkpoint-1-merged"}
 
 
 def test_learning_rates_by_hand():
@@ -307,6 +310,52 @@ def test_what_decides_needs_evaluations(tmp_path, tiny_llama_folder, chats):
     config = {**TINY, "output_dir": str(tmp_path / "run"), "early_stopping_patience": 2}
     with pytest.raises(RecipeError, match=r"early_stopping_patience: needs held-out rows.*set data.eval"):
         phinetune.finetune(model=str(tiny_llama_folder), train=str(chats), training_config=config)
+    config |= {"eval_strategy": "steps", "eval_steps": 500, "max_steps": 3}
+    with pytest.raises(RecipeError, match=r"early_stopping_patience: needs evaluations.*none falls into 3 steps"):
+        phinetune.finetune(model=str(tiny_llama_folder), train=str(chats), eval=0.1, training_config=config)
+
+
+def test_what_a_model_was_not_made_for(tmp_path, tiny_llama_folder, chats):
+    def run(**settings):
+        config = {**TINY, "output_dir": str(tmp_path / "run"), "max_steps": 1}
+        phinetune.finetune(
+            model=str(tiny_llama_folder), train=str(chats), training_config=config, overwrite=True, **settings
+        )
+        return (tmp_path / "run" / "train.log").read_text()
+
+    with pytest.raises(RecipeError, match="float16: is not for training"):
+        run(model_kwargs={"dtype": "float16"})
+    with pytest.raises(RecipeError, match=r"tokenizer_kwargs: makes [\d,]+ tokens, and .* has embeddings for"):
+        run(tokenizer_kwargs={"eos_token": "<|a new one|>"})
+    assert "positions" not in run()
+    config = json.loads((tiny_llama_folder / "config.json").read_text())
+    short = tmp_path / "short"
+    shutil.copytree(tiny_llama_folder, short)
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    said = phinetune.finetune(
+        model=str(short), train=str(chats), training_config={**TINY, "output_dir": str(tmp_path / "b"), "max_steps": 1}
+    )
+    assert "was made for 16 positions, and the longest row has" in (said.folder / "train.log").read_text()
+
+
+def test_one_run_is_one_process(tmp_path, tiny_llama_folder, chats, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = {**TINY, "output_dir": str(tmp_path / "run")}
+    with pytest.raises(RecipeError, match="WORLD_SIZE: asks for 2 processes, and a run is one; start it without"):
+        phinetune.finetune(model=str(tiny_llama_folder), train=str(chats), training_config=config)
+
+
+def test_norms_and_biases_have_no_weight_decay():
+    """As transformers' Trainer has it."""
+    model = tiny_model("llama")
+    config, peft_config = TrainingConfig(weight_decay=0.1), PeftConfig(modules_to_save=["norm", "lm_head"])
+    adapt_model(model, peft_config, seed=1)
+    groups = {
+        group["weight_decay"]: group["params"] for group in make_optimizer(model, config, peft_config).param_groups
+    }
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("norm" in names[id(parameter)] for parameter in groups[0.0])
+    assert not any("norm" in names[id(parameter)] for parameter in groups[0.1])
 
 
 def test_a_fault_is_named_where_it_begins():

@@ -5,7 +5,7 @@
 // (attention.py draws it).  Keys and values are laid out for the products once a call; each segment begins there at a
 // multiple of 16 keys, and keys behind a segment's end are hidden.
 //
-// Every sum is made in an order that depends on the layout alone, not on the threads.
+// Every sum is made in an order that depends on the layout and the number of threads alone.
 #include <cmath>
 #include <cstring>
 #include <memory>

@@ -4,7 +4,7 @@
 // their lanes.  What products read is laid out as `term`s of `ELEMENTS` `element`s each: pairs of bfloat16 where the
 // processor multiplies those, else fp32.
 #pragma once
-#ifdef __AVX512BF16__
+#ifdef PRODUCTS_IN_AVX512_BF16  // native.py says which
 #include "avx512.h"
 #else
 #include "avx2.h"
