@@ -72,7 +72,7 @@ def _asked(what: Sequence[str], model: str | None) -> tuple[Recipe, Any]:
             raise RecipeError("data", "nothing to look at", "give a recipe, files, folders, a Hub id or -")
         given: dict[str, Any] = {"model": model or "smollm2", "data": {"train": items, "max_length": 4096}}
         for setting in settings:
-            apply_override(given, setting)
+            apply_override(given, setting if "." in setting.partition("=")[0] else f"data.{setting}")
         recipe, words = make_recipe(given, where="data")
 
     from phinetune.cli.quiet import quiet_libraries

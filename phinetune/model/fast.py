@@ -21,7 +21,6 @@ from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
 from phinetune.lora.decoder import linear_add, norm_gated_mlp, norm_linears
 from phinetune.lora.functional import Projection, side_by_side
-from phinetune.lora.layer import is_wrapped
 from phinetune.model.projection import computing_dtype, projection_of
 
 
@@ -98,7 +97,7 @@ class FastLayer(nn.Module):
         that the fast path gives no gradient."""
         attention, mlp = self.self_attn, self.mlp
         own = (attention, mlp, self.input_layernorm, self.post_attention_layernorm)
-        if not hasattr(attention, "config") or any(map(is_wrapped, own)):  # somebody else's, or watched by them
+        if not hasattr(attention, "config") or any(map(_is_watched, own)):  # somebody else's, or watched by them
             return None
         config = attention.config
         if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", False):
@@ -120,6 +119,13 @@ class FastLayer(nn.Module):
                 return None
             parts.append(side_by_side([projection for projection in projections if projection is not None]))
         return Parts(*parts)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees a module's calls; transformers' own recorders stay when nothing is recorded any more."""
+    recorders = [hook for hook in module._forward_hooks.values() if hook.__module__.startswith("transformers.")]
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(others) or len(module._forward_hooks) > len(recorders) or "forward" in module.__dict__
 
 
 class FastLlamaDecoderLayer(FastLayer, LlamaDecoderLayer):

@@ -160,9 +160,9 @@ def test_another_recipe_does_not_resume_it(recipe, tmp_path, whole):
 
 def test_after_a_kill_for_memory_a_run_goes_on_with_smaller_batches(recipe, tmp_path):
     assert run(recipe, kill_at=30).returncode == -signal.SIGKILL
-    resumed = run(recipe, "--resume", "data.max_batch_tokens=200")
+    resumed = run(recipe, "--resume", "data.max_batch_tokens=64")
     assert resumed.returncode == 0, resumed.stderr
-    assert "flat batches of 200 tokens, 1,024 before: the same updates but for rounding" in resumed.stderr
+    assert "flat batches of 64 tokens, 96 before: the same updates but for rounding" in resumed.stderr
 
 
 def test_sigterm_writes_a_checkpoint_and_says_so(recipe, tmp_path):
