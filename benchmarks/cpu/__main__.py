@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--rows-a-step", type=int, default=16)
     parser.add_argument("--passes", type=int, default=2, help="of ours over the rows, which takes less time for one")
     parser.add_argument("--pilot-rows", type=int, default=32)
-    parser.add_argument("--default-rows", type=int, default=24, help="of TRL's defaults, which are slow")
+    parser.add_argument("--default-rows", type=int, default=24, help="of TRL's defaults, which are slow; 0: not at all")
     parser.add_argument("--peers", nargs="+", help="variants to try, by name (such as 'TRL, packed'); all by default")
     parser.add_argument("--dtype", default="bfloat16", help="float32 where torch is slow in bfloat16: no AVX512-BF16")
     parser.add_argument("--results", type=Path, default=RESULTS, help="cpu_avx2.json for such a machine")

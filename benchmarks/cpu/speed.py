@@ -97,7 +97,7 @@ def measure(
         chosen = [*fastest(settings, 2), *fastest([name for name in tried if name.startswith("TRL")], 1)]
         chosen += fastest([name for name in tried if name.startswith("LitGPT")], 1)
         ours = ["ours"] if job["dtype"] == "bfloat16" else ["ours", OURS_IN_BFLOAT16]
-        chosen = list(dict.fromkeys([*ours, *chosen, "TRL, defaults"]))
+        chosen = list(dict.fromkeys([*ours, *chosen, *(["TRL, defaults"] if default_rows else [])]))
         everyone = contenders(job, rows, default_rows, checkpoint)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for _ in range(rounds):
@@ -108,7 +108,7 @@ def measure(
     groups = {
         "vs_trl_tuned": [name for name in chosen if name in settings],
         "vs_trl_best": [name for name in chosen if name.startswith("TRL") and name != "TRL, defaults"],
-        "vs_trl_default": ["TRL, defaults"],
+        "vs_trl_default": [name for name in chosen if name == "TRL, defaults"],
         "vs_litgpt": [name for name in chosen if name.startswith("LitGPT")],
     }
     against = {key: max(names, key=lambda name: median[name]) for key, names in groups.items() if names}

@@ -12,8 +12,8 @@ from phinetune.model.memory import Batch, bytes_to_come, mapped_bytes
 from phinetune.train.memory import memory_free, memory_in_use
 
 # Share of the machine's matrix-product rate that a whole training step reaches, measured on SmolLM2-135M with flat
-# batches of 1,024 tokens on 2 CPU cores: in fp32, and in bfloat16 with the C++ kernels (docs/log.md).
-SHARE_OF_RATE, SHARE_WITH_KERNELS = 0.44, 0.7
+# batches of 1,024 tokens on 2 CPU cores: by transformers' layers, and with the C++ kernels of a dtype (docs/log.md).
+SHARE_OF_RATE, SHARE_WITH_KERNELS = 0.44, {torch.bfloat16: 0.7, torch.float32: 0.6}
 ROOM_TO_FOLD = 1.5  # what must be free beside a second copy of the adapted weights, as a multiple of it
 
 
@@ -27,13 +27,8 @@ def expected_seconds(model: Any, tokens: int, supervised: int) -> float:
     head = model.get_output_embeddings()
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     flop = 4 * weights * tokens + 4 * supervised * (head.weight.numel() if head is not None else 0)
-    share = SHARE_WITH_KERNELS if model.device.type == "cpu" and has_kernels(model.dtype) else SHARE_OF_RATE
-    return flop / (product_rate(model) * share)
-
-
-def has_kernels(dtype: torch.dtype) -> bool:
-    """Whether training on this CPU goes by the C++ kernels."""
-    return dtype is torch.bfloat16 and native.library("decoder") is not None
+    has_kernels = model.device.type == "cpu" and native.kernels_for(model.dtype)
+    return flop / (product_rate(model) * (SHARE_WITH_KERNELS[model.dtype] if has_kernels else SHARE_OF_RATE))
 
 
 def product_rate(model: Any) -> float:
