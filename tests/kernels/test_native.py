@@ -17,6 +17,7 @@ needs_kernels = pytest.mark.skipif(
     native.library("attention") is None, reason="the C++ kernels need AVX512-BF16 or AVX2 and a C++ compiler"
 )
 ROUNDED = {torch.bfloat16: 6e-3, torch.float32: 2e-6}  # of results by inputs of a dtype, relative by norm
+NOTHING = {torch.bfloat16: 1e-2, torch.float32: 4e-6}  # a norm a token
 
 
 def _of(dtype):
@@ -74,7 +75,7 @@ def check_attention(paths, heads, kv_heads, width, turned, window, dtype):
         if theirs.norm() > 1e-6 * tokens:  # a row of one token has no gradient for q and k
             assert relative_error(ours, theirs) < ROUNDED[dtype]
         else:
-            assert ours.norm() < 2 * ROUNDED[dtype] * tokens
+            assert ours.norm() < NOTHING[dtype] * tokens
 
 
 @of_both_dtypes
@@ -200,9 +201,8 @@ def test_a_kernel_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
 def test_a_tensor_that_lies_nowhere_is_not_plain():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    assert native.is_plain(torch.ones(2), torch.float32) and native.is_plain(
-        torch.nn.Parameter(torch.ones(2)), torch.float32
-    )
+    assert native.is_plain(torch.ones(2), torch.float32)
+    assert native.is_plain(torch.nn.Parameter(torch.ones(2)), torch.float32)
     assert not native.is_plain(torch.ones(2), torch.bfloat16)
     assert not native.is_plain(torch.ones(2, device="meta"), torch.float32)
     with FakeTensorMode():
