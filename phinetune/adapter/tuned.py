@@ -51,7 +51,7 @@ def base_of(folder: Path, kwargs: ModelKwargs, base: str | None = None) -> tuple
     revision = config.get("revision")
     if base == smollm2.NAME and revision not in (None, smollm2.GGUF_SHA256):
         raise AdapterError(str(folder), f"was made for another {base} ({revision})", "tune it again")
-    return base, kwargs.model_copy(update={"revision": kwargs.revision or revision})
+    return base, kwargs.model_copy(update={"revision": revision or kwargs.revision})
 
 
 def load_tuned(

@@ -278,7 +278,7 @@ class Renderer:
         if said < 0:
             raise CannotRender(f"the chat template does not write the reasoning of message {index + 1}")
         said += len(reasoning)
-        found = text.find(content, said) if content and not message.get("tool_calls") else -1
+        found = self._find_answer(text, content, said) if content and not message.get("tool_calls") else -1
         if found >= 0:
             end = found + len(content)
             control = self._control.search(text, end)
@@ -293,6 +293,12 @@ class Renderer:
                 raise CannotRender(f"the chat template does not write the {what} {index + 1} as it is")
         closing = [match.end() for match in self._control.finditer(text, start, end)]
         return start, closing[-1] if closing else start + len(text[start:end].rstrip())
+
+    def _find_answer(self, text: str, content: str, start: int) -> int:
+        """Where an answer's words begin; what the template writes between prompt and words may hold the same ones, as in
+        <|channel|>final<|message|>final."""
+        behind = text.find(self._opening + content, start)
+        return behind + len(self._opening) if behind >= 0 else text.find(content, start)
 
     def _end_of_turns(self, text: str) -> int:
         """Where the turns end: before what is written behind any conversation, or a header always written there."""
@@ -402,6 +408,15 @@ class Renderer:
                 leave = match.start()
         tail = shorter[leave:]
         return tail if longer.endswith(tail) else ""
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template writes between the generation prompt and an answer's words; nothing for most."""
+        try:
+            prompt, text = self.prompt(PROBE[:1]), self.template.render(PROBE)
+        except CannotRender:
+            return ""
+        return text[len(prompt) :].partition(PROBE[1]["content"])[0] if text.startswith(prompt) else ""
 
     @cached_property
     def _header(self) -> str:

@@ -9,7 +9,15 @@ from phinetune.model.family import (
     row_losses,
     takes_flat_batches,
 )
-from phinetune.model.load import load_config, load_model, load_tokenizer, pick_device, resolve_dtype, revision_of
+from phinetune.model.load import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    resolve_dtype,
+    revision_of,
+    version_of,
+)
 from phinetune.model.quantise import dequantise_layers, quantised_layers
 from phinetune.model.stops import stop_ids
 
@@ -30,4 +38,5 @@ __all__ = [
     "row_losses",
     "stop_ids",
     "takes_flat_batches",
+    "version_of",
 ]

@@ -1,6 +1,7 @@
 """What a model's files must be like before a library reads them; phinetune.untrusted has the why."""
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ LARGEST = {"num_hidden_layers": 1_000, "num_attention_heads": 10_000, "num_key_v
            "hidden_size": 1_000_000, "head_dim": 100_000, "intermediate_size": 10_000_000,
            "vocab_size": 10_000_000}  # fmt: skip
 FEWEST_BITS = 4  # of a parameter in a file
+PIECES, PIECE_BYTES = 64, 1 << 16  # of a file of weights, that it is known by
 
 
 def check_model_files(where: str, place: str, options: Mapping[str, Any]) -> None:
@@ -83,6 +85,28 @@ def _tensors(where: str, path: Path) -> int:
             return len(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(where, f"{path.name} is damaged ({error})", "get it again") from None
+
+
+def commit_of(place: str, options: Mapping[str, Any]) -> str | None:
+    """The commit of a Hub's model that is in the cache."""
+    snapshot = _snapshot(place, **options)
+    return snapshot.name if snapshot is not None and snapshot.parent.name == "snapshots" else None
+
+
+def digest_of(place: str, options: Mapping[str, Any]) -> str:
+    """sha256 of what tells one model from another in a folder: its configuration, and of each file of weights the size
+    and pieces from beginning to end, which training changes all; the whole of Phi-3's would take half a minute."""
+    folder = Path(place)
+    files = [folder / options["gguf_file"]] if "gguf_file" in options else sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256((folder / CONFIG).read_bytes() if (folder / CONFIG).exists() else b"")
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for number in range(PIECES):
+                file.seek(max(size - PIECE_BYTES, 0) * number // (PIECES - 1))
+                digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from phinetune.hub import hub_answers
 from phinetune.kernels import native
 from phinetune.model import attention, smollm2
 from phinetune.model.family import FLAT_FAMILIES
-from phinetune.model.files import check_model_files, check_sizes
+from phinetune.model.files import check_model_files, check_sizes, commit_of, digest_of
 from phinetune.model.quantise import quantise_by_bitsandbytes, quantise_layers, sample_ids, take_over
 from phinetune.recipe import ModelKwargs
 
@@ -172,8 +172,18 @@ def _time_product(dtype: torch.dtype) -> float:
 
 
 def revision_of(model: str, kwargs: ModelKwargs) -> str | None:
-    """Which version of a model is meant: the embedded one's sha256, else what the recipe names."""
-    return smollm2.GGUF_SHA256 if model == smollm2.NAME else kwargs.revision
+    """Which version of a model is meant: the embedded one's sha256, the commit of the Hub's; None for files that bear
+    no version."""
+    if model == smollm2.NAME:
+        return smollm2.GGUF_SHA256
+    source = _Source.of(model, kwargs)
+    return commit_of(source.place, source.options) or kwargs.revision if source.is_hub else None
+
+
+def version_of(model: str, kwargs: ModelKwargs) -> str:
+    """`revision_of`, and of local files a digest of what is in them."""
+    source = _Source.of(model, kwargs)
+    return revision_of(model, kwargs) or digest_of(source.place, source.options)
 
 
 def pick_device(use_cpu: bool) -> torch.device:

@@ -112,6 +112,12 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return 3 * trained + max(trained, kept) + SMALL_FILES
 
 
+def most_at_once(saves: int, keep: int | None, keeps_best: bool) -> int:
+    """Checkpoints that lie on the disk together, of so many that are written."""
+    # One more is there before the oldest is removed.
+    return saves if keep is None else min(saves, max(keep, MINIMUM_KEPT) + 1 + keeps_best)
+
+
 def checkpoint_of(folder: Path, step: int | None) -> Path:
     return folder / f"checkpoint-{step}"
 

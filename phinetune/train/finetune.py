@@ -4,8 +4,6 @@ import datetime
 import json
 import logging
 import os
-import shutil
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,8 +12,8 @@ from typing import Any
 
 import torch
 
-from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, write_ledgers, writes_date
-from phinetune.disk import check_room, naming_full_disk, replacing, write_text
+from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, writes_date
+from phinetune.disk import check_room, replacing, write_text
 from phinetune.errors import CheckpointError, RecipeError, Stopped
 from phinetune.evaluate import Comparison, compare
 from phinetune.kernels import native
@@ -32,6 +30,7 @@ from phinetune.model import (
     resolve_dtype,
     revision_of,
     takes_flat_batches,
+    version_of,
 )
 from phinetune.model.memory import (
     Batch,
@@ -41,28 +40,28 @@ from phinetune.model.memory import (
     recompute,
     recomputed_layers,
 )
-from phinetune.recipe import Recipe, TrainingConfig, dump_recipe
-from phinetune.recipe.explain import explain
-from phinetune.report import ABOUT, write_report
-from phinetune.train import machine
+from phinetune.recipe import Recipe, TrainingConfig
+from phinetune.report import write_report
 from phinetune.train.checkpoint import (
-    MINIMUM_KEPT,
     Base,
     checkpoint_bytes,
     checkpoint_of,
     list_checkpoints,
+    most_at_once,
     newest_whole_checkpoint,
     read_state,
 )
 from phinetune.train.estimate import expected_gb, expected_seconds, has_room_to_fold
-from phinetune.train.log import MetricsWriter, ProgressBar, early_log, run_log
+from phinetune.train.folder import begun, claimed
+from phinetune.train.log import MetricsWriter, ProgressBar, early_log
 from phinetune.train.loop import Loop, progress_of
-from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
+from phinetune.train.memory import memory_free, memory_in_use
 from phinetune.train.optimiser import learning_rates, make_optimizer
 from phinetune.train.rehearsal import rehearse
+from phinetune.train.schedule import Schedule
 from phinetune.train.signals import Interrupted, Signals, listening
 from phinetune.train.trackers import check_trackers
-from phinetune.untrusted import read_json
+from phinetune.train.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +84,8 @@ FREE_TO_CHANGE = {
         *("gradient_checkpointing", "gradient_checkpointing_layers", "max_memory_gb"),
     },
     "data": {"train", "eval", "max_rejected", "num_proc", "duplicates", "held_out_in_train", "max_batch_tokens"},
-    "model_kwargs": {"token", "cache_dir"},
+    "model_kwargs": {"token", "cache_dir", "revision"},  # whose commit is compared
 }
-
-# Everything a run writes into its folder.
-WRITTEN = [
-    "adapter_config.json", "adapter_model.safetensors", "additional_chat_templates", "answers.jsonl",
-    "chat_format.json", "chat_template.jinja", "ledger.json", "metrics.jsonl", "recipe.yaml",
-    "rejected.jsonl", "report.html", "run.json", "special_tokens_map.json", "summary.json", "tensorboard",
-    "tokenizer*", "train.log", "wandb", "mlruns", ".tmp-checkpoint-*",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,61 +120,59 @@ def train(
     Raises:
         PhinetuneError: its kinds say what; bad input is found before the model is loaded.
     """
-    began = time.perf_counter()
     config, folder = recipe.training_config, Path(recipe.training_config.output_dir)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         what = f"asks for {os.environ['WORLD_SIZE']} processes, and a run is one"
         raise RecipeError("WORLD_SIZE", what, "start it without torchrun")
-    _check_folder(folder, bool(resume), overwrite or config.overwrite_output_dir)
     device = pick_device(config.use_cpu)
-    keep_freed_memory()
-    threads = settle_threads()
-    native.prepare(device)
-    with early_log(), listening() as signals, MemoryPeak(device) as memory:
-        tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
-        checkpoint = _checkpoint_to_resume(folder, resume)
-        if checkpoint is not None:
-            progress_of(checkpoint, config)
-        recipe = _with_today(recipe, tokenizer, checkpoint)
-        data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
-        check_trackers(recipe)
-        _check_evaluations(config, data)
-        loop = make_loop(recipe, tokenizer, data, signals, checkpoint)
-        _check_evaluations(config, data, loop)
-        _check_room(loop)
-        signals.check()
-        with _output(folder, loop.recipe, data, tokenizer, fresh=not resume) as begun:
-            for word in words:
-                log.warning(word)
+    usage = Usage(device)
+    with claimed(folder, bool(resume), overwrite or config.overwrite_output_dir), early_log(), listening() as signals:
+        keep_freed_memory()
+        threads = settle_threads()
+        native.prepare(device)
+        with usage:
+            tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
+            checkpoint = _checkpoint_to_resume(folder, resume)
             if checkpoint is not None:
-                loop.resume(checkpoint)
-            if rehearsal:
-                rehearse(loop, tokenizer, data, checkpoint)
-            _announce(loop, data, threads)
-            is_evaluated = loop.best.evaluated_behind == loop.step
-            with MetricsWriter(loop.recipe, folder, begun, loop.step, is_evaluated) as metrics:
-                loop.run(metrics)
+                progress_of(checkpoint, config)
+            recipe = _with_today(recipe, tokenizer, checkpoint)
+            data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
+            check_trackers(recipe)
+            loop = make_loop(recipe, tokenizer, data, signals, checkpoint, usage=usage)
+            _check_room(loop)
+            signals.check()
+            with begun(folder, loop.recipe, data, tokenizer, fresh=not resume) as when:
+                for word in words:
+                    log.warning(word)
+                if checkpoint is not None:
+                    loop.resume(checkpoint)
+                if rehearsal:
+                    rehearse(loop, tokenizer, data, checkpoint)
+                _announce(loop, data, threads)
+                is_evaluated = loop.best.evaluated_behind == loop.step
+                with MetricsWriter(loop.recipe, folder, when, loop.step, is_evaluated) as metrics:
+                    loop.run(metrics)
 
-                with signals.deferred():
-                    is_of_last_step = not loop.load_best()
-                    loop.save_adapter()
-                with _ending_at_once(loop, is_of_last_step):
-                    comparison = _compare(loop, tokenizer, data) if data.eval else None
-                if comparison is not None and is_of_last_step:
                     with signals.deferred():
-                        loop.write_last_evaluation(metrics, comparison.tuned)
-            with signals.deferred():
-                summary = {
-                    "model": recipe.model,
-                    "rows": data.ledgers["train"].used,
-                    "steps": loop.step,
-                    "seconds": round(time.perf_counter() - began, 1),
-                    "peak_gb": round(memory.gb, 3),
-                    **(comparison.summary() if comparison else {}),
-                }
-                write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-                write_report(folder)
-                log.info(f"done: {loop.step} steps in {summary['seconds']:.0f} s, peak {memory.gb:.2f} GB, {folder}")
+                        is_of_last_step = not loop.load_best()
+                        loop.save_adapter()
+                    with _ending_at_once(loop, is_of_last_step):
+                        comparison = _compare(loop, tokenizer, data) if data.eval else None
+                    if comparison is not None and is_of_last_step:
+                        with signals.deferred():
+                            loop.write_last_evaluation(metrics, comparison.tuned)
+                with signals.deferred():
+                    summary = {
+                        "model": recipe.model,
+                        "rows": data.ledgers["train"].used,
+                        "steps": loop.step,
+                        **usage.so_far(),
+                        **(comparison.summary() if comparison else {}),
+                    }
+                    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+                    write_report(folder)
+                    seconds, gb = summary["seconds"], summary["peak_gb"]
+                    log.info(f"done: {loop.step} steps in {seconds:.0f} s, peak {gb:.2f} GB, {folder}")
     return Result(folder, summary, comparison)
 
 
@@ -194,19 +183,22 @@ def make_loop(
     signals: Signals,
     checkpoint: Path | None = None,
     layers: int | None = None,
+    usage: Usage | None = None,
 ) -> Loop:
     """Everything that a run trains with: steps, the model loaded and adapted, the optimiser.
 
     Args:
         checkpoint: that will be resumed, if the run agrees with it.
         layers: only so many decoder layers, for a measurement.
+        usage: which counts since the run began.
 
     Raises:
         PhinetuneError: what the recipe asks for can't be had, or `checkpoint` is another run's.
     """
     config = recipe.training_config
     steps = Plan(data.train.lengths, config.seed_of_rows, config, recipe.data.max_length, data.weights)
-    learning_rate_at = learning_rates(config, len(steps))
+    schedule, learning_rate_at = Schedule.of(config, steps), learning_rates(config, len(steps))
+    _check_evaluations(config, data, schedule, len(steps))
     device = pick_device(config.use_cpu)
     recipe = _with_dtype(recipe, device, checkpoint)
     identity = _identity(recipe, data)
@@ -224,32 +216,16 @@ def make_loop(
         optimizer=make_optimizer(model, config, recipe.peft_config),
         learning_rate_at=learning_rate_at,
         steps=steps,
+        schedule=schedule,
         train=data.train,
         eval=data.eval,
         folder=Path(config.output_dir),
         base=Base(recipe.model, revision_of(recipe.model, recipe.model_kwargs), chat_fingerprint(tokenizer)),
         identity=identity,
         signals=signals,
+        usage=usage or Usage(device),
         largest_batch=batch,
     )
-
-
-def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that holds something, unless it is a run that is to be resumed or overwritten."""
-    where = f"output_dir {folder}"
-    if folder.is_file():
-        raise RecipeError(where, "is a file", "give a folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if resume:
-        is_run = (folder / ABOUT).is_file() or list_checkpoints(folder)
-        if not is_run and any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
-            raise RecipeError(where, "holds no run of phinetune's that could be resumed", "give that run's output_dir")
-        return
-    if not overwrite:
-        raise RecipeError(where, "is not empty", "use --resume, --overwrite or another output_dir")
-    if not all((folder / name).is_file() for name in ("recipe.yaml", "ledger.json", "train.log")):
-        raise RecipeError(where, "holds no run of phinetune's, so it is not emptied", "give another output_dir")
 
 
 @contextmanager
@@ -266,9 +242,8 @@ def _ending_at_once(loop: Loop, is_of_last_step: bool) -> Iterator[None]:
         raise Stopped(f"step {loop.step}", what, "go on with --resume", interrupted.number) from None
 
 
-def _check_evaluations(config: TrainingConfig, data: Prepared, loop: Loop | None = None) -> None:
-    """Raises RecipeError if evaluations are to decide something, and there are none; once there is a loop, none of its
-    steps."""
+def _check_evaluations(config: TrainingConfig, data: Prepared, schedule: Schedule, steps: int) -> None:
+    """Raises RecipeError if evaluations are to decide something, and there are none."""
     asked = {
         "load_best_model_at_end": config.load_best_model_at_end,
         "metric_for_best_model": config.metric_for_best_model is not None,
@@ -279,63 +254,24 @@ def _check_evaluations(config: TrainingConfig, data: Prepared, loop: Loop | None
         lacking = "held-out rows" if not len(data.eval) else "evaluations on the way"
         mend = "set data.eval" if not len(data.eval) else "set training_config.eval_strategy: steps or epoch"
         raise RecipeError(f"training_config.{names[0]}", f"needs {lacking}, and there are none", mend)
-    if names and loop is not None and not loop.evaluates_at:
-        what = f"needs evaluations on the way, and none falls into {len(loop.steps)} steps"
+    if names and not schedule.evaluate:
+        what = f"needs evaluations on the way, and none falls into {steps} steps"
         raise RecipeError(f"training_config.{names[0]}", what, "evaluate more often: eval_strategy=steps, eval_steps")
 
 
 def _check_room(loop: Loop) -> None:
     """Raises RunError unless the disk has room for every checkpoint that will be there at once, and the adapter."""
-    config, size = loop.recipe.training_config, checkpoint_bytes(loop.model)
-    saves = loop.saves_to_come
-    if config.save_total_limit is not None:  # one more is written before the oldest is removed
-        saves = min(saves, max(config.save_total_limit, MINIMUM_KEPT) + 1 + loop.best.keeps)
+    size, keeps_best = checkpoint_bytes(loop.model), loop.best.keeps
+    saves = loop.schedule.saves_behind(loop.step, keeps_best)
+    together = most_at_once(saves, loop.recipe.training_config.save_total_limit, keeps_best)
     there = len(list_checkpoints(loop.folder))
-    check_room(loop.folder, max(saves - there, 1 if saves else 0) * size + size // 4)
-
-
-@contextmanager
-def _output(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool) -> Iterator[str]:
-    """The output folder, with what is known before training in it, and the log open; says when the run began."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        _remove_run(folder)
-    about = _about(folder, recipe)
-    with naming_full_disk(folder):
-        # First, since a folder that has it is known as a run's, however early that was killed.
-        write_text(folder / ABOUT, json.dumps(about, indent=2, default=lambda value: value.model_dump()) + "\n")
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
-        tokenizer.save_pretrained(folder)
-    with run_log(folder, recipe.training_config.log_level):
-        yield about["begun"]
-
-
-def _about(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """run.json: when a run began and with what it goes on, and where its settings came from."""
-    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {
-        "begun": read_json(folder / ABOUT).get("begun", now) if (folder / ABOUT).exists() else now,
-        "versions": machine.versions(),
-        **machine.system(),
-        "device": machine.device_name(pick_device(recipe.training_config.use_cpu)),
-        "settings": [setting._asdict() for setting in explain(recipe)],
-    }
-
-
-def _remove_run(folder: Path) -> None:
-    """Removes what an earlier run wrote, by name; anything else in the folder is somebody else's."""
-    for path in [*list_checkpoints(folder), *(path for pattern in WRITTEN for path in folder.glob(pattern))]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    check_room(loop.folder, max(together - there, 1 if together else 0) * size + size // 4)
 
 
 def _identity(recipe: Recipe, data: Prepared) -> dict[str, Any]:
     """Everything an update depends on: a checkpoint is resumed only by a run that agrees with it."""
     settings: dict[str, Any] = {"model": recipe.model, "tokenizer_kwargs": recipe.tokenizer_kwargs}
-    settings["revision"] = revision_of(recipe.model, recipe.model_kwargs)
+    settings["version of the model"] = version_of(recipe.model, recipe.model_kwargs)
     for section in ("model_kwargs", "data", "training_config", "peft_config"):
         for name, value in getattr(recipe, section):
             if name not in FREE_TO_CHANGE.get(section, ()):

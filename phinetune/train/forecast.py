@@ -34,12 +34,14 @@ from phinetune.kernels.threads import settle_threads
 from phinetune.model import load_config, load_tokenizer, pick_device
 from phinetune.model.memory import mapped_bytes
 from phinetune.recipe import Recipe, dump_recipe, load_recipe
-from phinetune.train.checkpoint import MINIMUM_KEPT, checkpoint_bytes
+from phinetune.train.best import Best
+from phinetune.train.checkpoint import checkpoint_bytes, most_at_once
 from phinetune.train.finetune import largest_batch, make_loop
-from phinetune.train.loop import Loop, due
+from phinetune.train.loop import Loop
 from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
 from phinetune.train.optimiser import trainable_parameters
 from phinetune.train.rehearsal import longest_rows, rehearse
+from phinetune.train.schedule import Schedule
 from phinetune.train.signals import listening
 
 # Memory (10⁹ bytes) and dense 16-bit products (FLOP a second), by NVIDIA's data sheets.
@@ -121,10 +123,9 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     needs = lines.at(recomputed)
     if rate is not None:
         needs = _on_gpu(needs, rate, recomputed / layers)
-    saves = due(training.save_strategy, training.save_steps, len(steps), steps.epoch_ends) | {len(steps)}
-    kept = min(
-        0 if training.save_strategy == "no" else len(saves), max(training.save_total_limit or 1 << 30, MINIMUM_KEPT) + 1
-    )
+    keeps_best = Best.of(training).keeps
+    saves = Schedule.of(training, steps).saves_behind(0, keeps_best)
+    kept = most_at_once(saves, training.save_total_limit, keeps_best)
     batch = largest_batch(data, recipe.data.max_batch_tokens)
     found = {
         "model": recipe.model,

@@ -25,8 +25,10 @@ from phinetune.train.best import Best
 from phinetune.train.checkpoint import Base, checkpoint_of, load_checkpoint, read_state, save_checkpoint
 from phinetune.train.log import MetricsWriter, ProgressBar
 from phinetune.train.numbers import REMEMBERED, is_jump, name_fault, worst_rows
-from phinetune.train.optimiser import interval, trainable_parameters
+from phinetune.train.optimiser import trainable_parameters
+from phinetune.train.schedule import Schedule
 from phinetune.train.signals import Interrupted, Signals
+from phinetune.train.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,7 @@ class Progress(NamedTuple):
     counters: Counters
     best: Best
     max_batch_tokens: int
+    usage: dict[str, float]
 
 
 def progress_of(checkpoint: Path, config: TrainingConfig) -> Progress:
@@ -124,8 +127,9 @@ def progress_of(checkpoint: Path, config: TrainingConfig) -> Progress:
     state = read_state(checkpoint)
     try:
         counters, best = Counters(**state["counters"]), Best.of(config, **state["best"])
-        return Progress(int(state["step"]), counters, best, int(state["max_batch_tokens"]))
-    except (KeyError, TypeError, ValueError) as error:
+        usage = {name: float(value) for name, value in state["usage"].items()}
+        return Progress(int(state["step"]), counters, best, int(state["max_batch_tokens"]), usage)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"its state.json can't be used ({type(error).__name__}: {error})"
         raise CheckpointError(str(checkpoint), what, "give another checkpoint") from None
 
@@ -139,6 +143,7 @@ class Loop:
     optimizer: torch.optim.Optimizer
     learning_rate_at: Callable[[int], float]
     steps: Plan  # rows of each step
+    schedule: Schedule
     train: Sequence[Example]
     eval: Sequence[Example]
     folder: Path
@@ -146,34 +151,20 @@ class Loop:
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
     largest_batch: Batch
     signals: Signals = field(default_factory=Signals)
+    usage: Usage = field(default_factory=Usage)
     step: int = 0
     counters: Counters = field(default_factory=Counters)
     best: Best = field(init=False)
 
     def __post_init__(self) -> None:
-        config, total = self.recipe.training_config, len(self.steps)
-        self.best = Best.of(config)
+        self.best = Best.of(self.recipe.training_config)
         self.max_batch_tokens = self.recipe.data.max_batch_tokens  # fewer, once memory was refused
-        epoch_ends = self.steps.epoch_ends
-        eval_steps = config.eval_steps or config.logging_steps
-        self._log_at = due(config.logging_strategy, config.logging_steps, total, epoch_ends) | {total}
-        self._eval_at = due(config.eval_strategy, eval_steps, total, epoch_ends)
-        self._save_at = due(config.save_strategy, config.save_steps, total, epoch_ends)
-        if config.logging_strategy == "no":
-            self._log_at = set()
-        elif config.logging_first_step:
-            self._log_at.add(1)
-        if config.save_strategy != "no":
-            self._save_at.add(total)
-
-    @property
-    def evaluates_at(self) -> set[int]:
-        """Steps behind which held-out rows are measured."""
-        return self._eval_at
 
     def resume(self, checkpoint: Path) -> None:
         """Puts adapter, optimiser and counters back as they were behind the checkpoint's step."""
-        self.step, self.counters, self.best, max_batch_tokens = progress_of(checkpoint, self.recipe.training_config)
+        progress = progress_of(checkpoint, self.recipe.training_config)
+        self.step, self.counters, self.best, max_batch_tokens, usage = progress
+        self.usage.go_on_from(usage)
         if self.max_batch_tokens < max_batch_tokens:
             words = "the same updates but for rounding, and for what dropout draws"
             log.warning(f"flat batches of {self.max_batch_tokens:,} tokens, {max_batch_tokens:,} before: {words}")
@@ -204,14 +195,15 @@ class Loop:
                 tokens = self._count(examples, loss, grad_norm, seconds)
                 bar.advance(note=f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
 
-                if self.step in self._log_at:
+                if self.step in self.schedule.log:
                     metrics.write(self._log_line(learning_rate))
                 try:
                     self._evaluate_if_due(metrics)
                 except Interrupted:  # taken again behind the checkpoint
                     pass
                 ended_early = self.best.is_exhausted and config.save_strategy != "no"
-                if self.step in self._save_at or self.best.is_wanted(self.step) or self.signals.caught or ended_early:
+                is_due = self.step in self.schedule.save or self.best.is_wanted(self.step) or ended_early
+                if is_due or self.signals.caught:
                     self.save()
                 if self.signals.caught and not self.is_over:
                     name = signal.Signals(self.signals.caught).name
@@ -219,10 +211,6 @@ class Loop:
                     raise Stopped(f"step {self.step}", what, "go on with --resume", self.signals.caught)
         if self.best.is_exhausted:
             log.info(f"early stopping behind step {self.step}: {self.best.words}")
-
-    @property
-    def saves_to_come(self) -> int:
-        return sum(step > self.step for step in self._save_at)
 
     @property
     def is_over(self) -> bool:
@@ -316,7 +304,8 @@ class Loop:
             Interrupted: where a signal has come meanwhile; the evaluation still is to be taken.
         """
         on_start = self.recipe.training_config.eval_on_start and self.step == 0
-        if not self.eval or not (on_start or self.step in self._eval_at) or self.best.evaluated_behind == self.step:
+        is_due = on_start or self.step in self.schedule.evaluate
+        if not self.eval or not is_due or self.best.evaluated_behind == self.step:
             return
         measured = evaluate_loss(self.model, self.eval, self.max_batch_tokens, self.signals.check)
         log.info(f"step {self.step}  eval_loss {measured['eval_loss']:.4f}")
@@ -329,6 +318,7 @@ class Loop:
             "counters": asdict(self.counters),
             "best": self.best.state(),
             "max_batch_tokens": self.max_batch_tokens,
+            "usage": self.usage.so_far(),
             "identity": self.identity,
         }
         limit, best = self.recipe.training_config.save_total_limit, self.best.step if self.best.keeps else None
@@ -353,11 +343,3 @@ class Loop:
             return False
         log.info(f"the adapter of step {step} is kept: {self.best.words}")
         return True
-
-
-def due(strategy: str, every: float, total: int, epoch_ends: set[int]) -> set[int]:
-    """The steps at which a strategy asks for something."""
-    if strategy == "steps":
-        each = interval(every, total)
-        return set(range(each, total + 1, each))
-    return set(epoch_ends) if strategy == "epoch" else set()

@@ -94,6 +94,26 @@ def with_template(tokenizer, template, controls=()):
     return Renderer.of(changed)
 
 
+CHANNELS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}"
+    "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"
+    "<|channel|>final{% endif %}<|message|>{{ m.content }}{{ '<|return|>' if loop.last and m.role == 'assistant' "
+    "else '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("words", ["final", "a", "channel", "assistant", "message", "Yes"])
+@pytest.mark.parametrize("thinking", [None, "The final message."])
+def test_words_that_stand_in_the_header_of_their_own_turn(smollm2_tokenizer, words, thinking):
+    tokens = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"]
+    renderer = with_template(smollm2_tokenizer, CHANNELS, tokens)
+    said = {"role": "assistant", "content": words, **({"thinking": thinking} if thinking else {})}
+    (rendering,) = renderer.renderings([{"role": "user", "content": "Which?"}, said])
+    thought = f"<|channel|>analysis<|message|>{thinking}<|end|><|start|>assistant" if thinking else ""
+    learnt = [rendering.text[begin:end] for begin, end in rendering.learnt]
+    assert learnt == [f"{thought}<|channel|>final<|message|>{words}<|return|>"]
+
+
 def test_a_chat_that_begins_with_the_assistant(phi3_tokenizer, smollm2_tokenizer):
     messages = [{"role": "assistant", "content": "Hello!"}, *TWO_TURNS[3:]]
     _, supervised = learnt(phi3_tokenizer, messages)

@@ -20,8 +20,8 @@ from phinetune.train import finetune
 output, dtype, megabytes, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 real = finetune.make_loop
 
-def make_loop(*given):
-    loop = real(*given)
+def make_loop(*given, **named):
+    loop = real(*given, **named)
     for rows in loop.steps[0][:1]:  # what is made once is there
         loop.update([loop.train[rows]], 0.0)
     loop.optimizer.state.clear()

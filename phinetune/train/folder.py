@@ -1,0 +1,139 @@
+"""The output folder of a run: claimed, begun, and emptied of an earlier run by name."""
+
+import datetime
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from phinetune.data import Prepared, write_ledgers
+from phinetune.disk import naming_full_disk, write_text
+from phinetune.errors import RecipeError
+from phinetune.model import pick_device
+from phinetune.recipe import Recipe, dump_recipe
+from phinetune.recipe.explain import explain
+from phinetune.report import ABOUT
+from phinetune.train import machine
+from phinetune.train.checkpoint import list_checkpoints
+from phinetune.train.log import run_log
+from phinetune.untrusted import Untrusted, read_json
+
+log = logging.getLogger(__name__)
+
+# Everything a run writes into its folder.
+WRITTEN = [
+    "adapter_config.json", "adapter_model.safetensors", "additional_chat_templates", "answers.jsonl",
+    "chat_format.json", "chat_template.jinja", "ledger.json", "metrics.jsonl", "recipe.yaml",
+    "rejected.jsonl", "report.html", "run.json", "special_tokens_map.json", "summary.json", "tensorboard",
+    "tokenizer*", "train.log", "wandb", "mlruns", ".tmp-checkpoint-*",
+]  # fmt: skip
+
+
+@contextmanager
+def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+    """For a block, the folder is this run's alone: made where it isn't there, and gone again if nothing comes into it.
+
+    Raises:
+        RecipeError: if another run goes on in it, or it holds something that is neither to be resumed nor overwritten.
+    """
+    where = f"output_dir {folder}"
+    if folder.is_file():
+        raise RecipeError(where, "is a file", "give a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however that ends
+        except BlockingIOError:
+            raise RecipeError(where, "another run goes on in it", "wait for it, or give another output_dir") from None
+        except OSError:  # a file system without locks
+            pass
+        _check_content(folder, where, resume, overwrite)
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):  # something has come into it
+            for path in made:
+                path.rmdir()
+
+
+def _check_content(folder: Path, where: str, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that holds something, unless it is a run that is to be resumed or overwritten."""
+    if not any(folder.iterdir()):
+        return
+    if resume:
+        is_run = (folder / ABOUT).is_file() or list_checkpoints(folder)
+        if not is_run and any(not path.name.startswith(".tmp-") for path in folder.iterdir()):
+            raise RecipeError(where, "holds no run of phinetune's that could be resumed", "give that run's output_dir")
+        return
+    if not overwrite:
+        raise RecipeError(where, "is not empty", "use --resume, --overwrite or another output_dir")
+    if not all((folder / name).is_file() for name in ("recipe.yaml", "ledger.json", "train.log")):
+        raise RecipeError(where, "holds no run of phinetune's, so it is not emptied", "give another output_dir")
+
+
+@contextmanager
+def begun(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool) -> Iterator[str]:
+    """The folder with what is known before training in it, and the log open; says when the run began."""
+    if fresh:
+        _remove_run(folder)
+    about = _about(folder, recipe)
+    with naming_full_disk(folder):
+        # First, since a folder that has it is known as a run's, however early that was killed.
+        write_text(folder / ABOUT, json.dumps(about, indent=2, default=lambda value: value.model_dump()) + "\n")
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
+        tokenizer.save_pretrained(folder)
+    with run_log(folder, recipe.training_config.log_level):
+        for earlier in about["earlier"]:
+            unlike = [f"{name} {value}" for name, value in earlier.items() if value != _made_with(about).get(name)]
+            if unlike:
+                log.warning(f"earlier updates of this run were made with {', '.join(unlike)}, and rounded as it does")
+        yield about["begun"]
+
+
+def _about(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """run.json: when a run began, what it is made with, what it was made with earlier, where its settings came from."""
+    before = _read_about(folder)
+    about = {
+        "begun": before.get("begun", datetime.datetime.now().astimezone().isoformat(timespec="seconds")),
+        "versions": machine.versions(),
+        **machine.system(),
+        "device": machine.device_name(pick_device(recipe.training_config.use_cpu)),
+    }
+    earlier, last = before.get("earlier", []), _made_with(before)
+    return {
+        **about,
+        "earlier": [*earlier, last] if before and last != _made_with(about) else earlier,
+        "settings": [setting._asdict() for setting in explain(recipe)],
+    }
+
+
+def _made_with(about: dict[str, Any]) -> dict[str, Any]:
+    """{package, python, system or device: which} of run.json"""
+    return {**about.get("versions", {}), **{name: about.get(name) for name in (*machine.system(), "device")}}
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """run.json of an earlier life; nothing where there is none or it is damaged, since no update depends on it."""
+    try:
+        found = read_json(folder / ABOUT)
+        is_whole = isinstance(found["versions"], dict) and all(isinstance(e, dict) for e in found.get("earlier", []))
+    except (FileNotFoundError, Untrusted, LookupError, TypeError, AttributeError):
+        return {}
+    return found if is_whole else {}
+
+
+def _remove_run(folder: Path) -> None:
+    """Removes what an earlier run wrote, by name; anything else in the folder is somebody else's."""
+    for path in [*list_checkpoints(folder), *(path for pattern in WRITTEN for path in folder.glob(pattern))]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
