@@ -179,8 +179,8 @@ def push(
     """
     check_repository(repository)
     card = model_card(run, repository, merged=merged is not None)
-    folder = Path(merged or run)
-    return publish(folder, files_to_publish(folder), card, repository, private, token)
+    files = files_to_publish(Path(merged or run), merged=merged is not None)
+    return publish(files, card, repository, private, token)
 
 
 def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:
@@ -189,6 +189,10 @@ def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:
         return str(source), None
     if isinstance(source, Mapping):
         return dict(source), None
+    if hasattr(source, "with_format") and hasattr(source, "num_rows"):  # a datasets.Dataset, read with its types
+        return f"{source.num_rows:,} {FROM_PYTHON}", source
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas.DataFrame
+        source = source.to_dict("records")
     rows = iter(source)
     first = next(rows, None)
     if isinstance(first, str | Path) or (isinstance(first, Mapping) and set(first) <= set(DataSource.model_fields)):

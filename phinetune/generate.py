@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.data import Renderer
+from phinetune.errors import RunError
 from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.kernels.linear import linear
-from phinetune.model import long_rope_boundary, stop_ids
+from phinetune.model import long_rope_boundary, position_table, stop_ids
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def answers(
     stops = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
+    max_new_tokens = _room(model, max(map(len, prompts), default=0), max_new_tokens)
     boundary = long_rope_boundary(model.config)
     longer = sum(boundary is not None and len(prompt) + max_new_tokens > boundary for prompt in prompts)
     groups = [order[:longer], order[longer:]]  # what needs other factors is never answered together
@@ -60,6 +62,25 @@ def answers(
                 texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
             on_progress(len(chunk))
     return texts
+
+
+def _room(model: Any, longest: int, max_new_tokens: int) -> int:
+    """How many tokens may follow a prompt; says where a model goes on beyond what it was made for.
+
+    Raises:
+        RunError: where it can't be given the prompt at all.
+    """
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or longest + max_new_tokens <= positions:
+        return max_new_tokens
+    what = f"the model was made for {positions:,} positions, and a prompt has {longest:,} tokens"
+    if position_table(model) and longest >= positions:
+        raise RunError("answers", what, "give shorter ones")
+    if position_table(model):
+        return positions - longest
+    if longest >= positions:
+        log.warning(f"{what}: it answers badly where it never was")
+    return max_new_tokens
 
 
 def _in_memory(model: Any, prompts: Sequence[list[int]], settings: dict[str, Any]) -> list[list[int]]:
@@ -85,8 +106,9 @@ def _generate(model: Any, prompts: Sequence[list[int]], settings: dict[str, Any]
     """
     width, stops, pad = max(map(len, prompts)), settings["eos_token_id"], settings["pad_token_id"]
     window = getattr(model.config, "sliding_window", None)
-    # Padding in the middle would take places in a sliding window.
-    shared = 0 if window and width + settings["max_new_tokens"] > window else _shared_prefix(prompts)
+    # Padding in the middle would take places in a sliding window; a state can't be repeated.
+    is_alone = (window and width + settings["max_new_tokens"] > window) or getattr(model, "_is_stateful", False)
+    shared = 0 if is_alone else _shared_prefix(prompts)
     ids = torch.tensor([p[:shared] + [pad] * (width - len(p)) + p[shared:] for p in prompts], device=model.device)
     mask = torch.tensor(
         [[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts], device=model.device
@@ -151,16 +173,9 @@ def stream(
     renderer: Renderer | None = None,
 ) -> str:
     """One answer, handed to `write` piece by piece as it grows; greedy at temperature 0."""
-    from transformers import TextStreamer
-
-    class Pieces(TextStreamer):  # type: ignore[misc]  # transformers' class is untyped
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            pieces.append(text)
-            write(text)
-
-    pieces: list[str] = []
-    renderer = renderer or Renderer.of(tokenizer)
+    renderer, pieces = renderer or Renderer.of(tokenizer), _Pieces(tokenizer, write)
     ids = torch.tensor([renderer.prompt_ids(messages)])
+    max_new_tokens = _room(model, ids.shape[1], max_new_tokens)
     stops = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else GREEDY
     with _own_head(model):
@@ -171,7 +186,35 @@ def stream(
             use_cache=True,
             eos_token_id=stops,
             pad_token_id=stops[0],
-            streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=pieces,
             **sampling,
         )
-    return "".join(pieces)
+    return pieces.text
+
+
+class _Pieces:
+    """What `generate` is given as a streamer. transformers' own begins anew at each line, and so loses a space of each
+    with tokenizers that leave out the first one, as Phi-3's does."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer, self._write = tokenizer, write
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._shown, self._is_prompt, self.text = "", True, ""
+
+    def put(self, value: Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token in value.flatten().tolist():
+            self._ids.append(token)
+            piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            self._shown += piece
+            self._write(piece)
+
+    def end(self) -> None:
+        """The whole as it is without streaming; what was held back, half a character say, is written."""
+        self.text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        self._write(self.text.removeprefix(self._shown) if self.text.startswith(self._shown) else "")

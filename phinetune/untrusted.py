@@ -113,7 +113,7 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
             yield
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, before)
+            signal.signal(signal.SIGPROF, signal.SIG_DFL if before is None else before)
             if collects:
                 gc.enable()
 

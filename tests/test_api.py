@@ -14,6 +14,7 @@ from phinetune.adapter import files_to_publish, recipe_of
 from phinetune.errors import AdapterError, ModelError, RecipeError
 from phinetune.lora import lora_layers
 from phinetune.model import quantised_layers
+from phinetune.model.smollm2 import smollm2_folder
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,11 @@ def test_a_merged_model_is_replaced_if_that_is_asked_and_nothing_else_is(run, tm
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdapterError, match="holds no model"):
         phinetune.merge(run, tmp_path / "empty", overwrite=True)
+    base = smollm2_folder()
+    plain = shutil.copytree(base, tmp_path / "plain")
+    with pytest.raises(AdapterError, match="holds another model, which no merge wrote"):
+        phinetune.merge(run, plain, overwrite=True)
+    assert {path.name for path in plain.iterdir()} == {path.name for path in base.iterdir()}
     for wrong in ({"onto": "top"}, {"dtype": "int8"}, {"onto": "dequantised"}):
         with pytest.raises(RecipeError):
             phinetune.merge(run, tmp_path / "other", **wrong)
@@ -98,10 +104,10 @@ def test_all_templates_of_a_tokenizer_are_merged_and_pushed(run, tmp_path):
     (other / "additional_chat_templates").mkdir()
     template = other / "additional_chat_templates" / "tool_use.jinja"
     template.write_text((other / "chat_template.jinja").read_text() + "{# with tools #}")
-    assert template in files_to_publish(other)
+    assert files_to_publish(other)["additional_chat_templates/tool_use.jinja"] == template
     for overwrite in (False, True):  # what is replaced was written by merge
         merged = phinetune.merge(other, tmp_path / "merged", allow_template_mismatch=True, overwrite=overwrite)
-        assert merged / "additional_chat_templates" / "tool_use.jinja" in files_to_publish(merged)
+        assert "additional_chat_templates/tool_use.jinja" in files_to_publish(merged, merged=True)
 
 
 def test_a_run_by_the_name_of_dot(run, tmp_path, monkeypatch):

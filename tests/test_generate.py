@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from conftest import tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from phinetune import lora
 from phinetune.data import Renderer
-from phinetune.generate import answers, stream
+from phinetune.errors import RunError
+from phinetune.generate import _Pieces, answers, stream
 from phinetune.model import load_model, stop_ids
 from phinetune.recipe import ModelKwargs, make_recipe
 
@@ -150,3 +153,30 @@ def test_padding_is_nothing_that_was_said(smollm2, smollm2_tokenizer, monkeypatc
     alone = [answers(smollm2, smollm2_tokenizer, [prompt], 24, sampling=settings)[0] for prompt in asked]
     assert answers(smollm2, smollm2_tokenizer, asked, 24, sampling=settings) == alone
     assert alone != answers(smollm2, smollm2_tokenizer, asked, 24)
+
+
+def test_streamed_lines_keep_their_spaces(phi3_tokenizer):
+    """Phi-3's decoder leaves out the first space of a text, and of no line behind it."""
+    said = "def f():\n    return 1\n\n- a\n  - b 😀"
+    ids, pieces = phi3_tokenizer.encode(said, add_special_tokens=False), []
+    streamer = _Pieces(phi3_tokenizer, pieces.append)
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    for token in [*ids, 32007]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == streamer.text == said
+    assert len(pieces) > 10
+
+
+def test_beyond_what_a_model_was_made_for(smollm2_tokenizer, caplog):
+    model = tiny_model("llama", max_position_embeddings=64)
+    prompt = list(range(100, 160))
+    answers(model, smollm2_tokenizer, [prompt[:40]], 16)
+    assert not caplog.records
+    answers(model, smollm2_tokenizer, [prompt + prompt], 4)
+    assert "was made for 64 positions, and a prompt has 120 tokens: it answers badly" in caplog.text
+    learnt = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, vocab_size=49_152)).eval()
+    learnt.generation_config.eos_token_id = None
+    assert len(answers(learnt, smollm2_tokenizer, [prompt], 16)) == 1
+    with pytest.raises(RunError, match="was made for 64 positions, and a prompt has 120 tokens; give shorter ones"):
+        answers(learnt, smollm2_tokenizer, [prompt + prompt], 4)

@@ -11,9 +11,13 @@ import time
 
 import jinja2.sandbox
 import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import save_file
 
 from phinetune.errors import AdapterError, ModelError, RecipeError
 from phinetune.model import load_model, load_tokenizer
+from phinetune.model.files import check_sizes
 from phinetune.recipe import ModelKwargs, dump_recipe, load_recipe, make_recipe
 from phinetune.untrusted import Untrusted, bounded, check_folder, plain_name, read_json
 
@@ -235,3 +239,11 @@ def test_configurations_of_adapters(tmp_path, changes, said):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(AdapterError, match=said):
         load_adapter(tiny_model("llama"), tmp_path)
+
+
+def test_weights_beside_a_gguf_are_not_its_own(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    config = tiny_config("phi3", num_hidden_layers=900)
+    check_sizes("model x.gguf", None, config)
+    with pytest.raises(ModelError, match="describes 900 layers"):
+        check_sizes("model x", str(tmp_path), config)

@@ -69,6 +69,7 @@ def load_adapter(
         faults.append("biases train with one adapter alone, and the model has another")
     if not layers:
         faults.append("it holds no LoRA tensor")
+    faults += [f"{name} isn't finite" for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise AdapterError(str(folder), "; ".join(faults[:3]) + more, "use the base model it was made for")
@@ -144,9 +145,7 @@ def _misfits(name: str, module: nn.Module, own: Mapping[str, Tensor], config: Ma
     bias, table = own.get(BASE_BIAS), own.get(BASE_WEIGHT)
     if bias is not None and (module._parameters.get("bias") is None or len(bias) != outputs):
         return [f"{name} has a bias of {len(bias)}, which the model's layer has not"]
-    if table is not None and (
-        table.shape != weight.shape or not torch.equal(table, weight.to(table.device, table.dtype))
-    ):
+    if table is not None and (table.shape != weight.shape or not _is_rounded_alike(table, weight)):
         return [f"{name} brings a table of its own, which isn't the model's"]
     if bool(config.get("use_dora")) != (MAGNITUDE in own):
         return [f"{name} has {'a' if MAGNITUDE in own else 'no'} lora_magnitude_vector against use_dora"]
@@ -168,6 +167,12 @@ def _misfits(name: str, module: nn.Module, own: Mapping[str, Tensor], config: Ma
     if groups > 1 and not torch.equal(lora_A, grouped_A(_first_group(lora_A, groups), groups)):
         return [f"{name} mixes the channels of its {groups} groups, which no grouped convolution does"]
     return []
+
+
+def _is_rounded_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same but for the dtype they lie in."""
+    other = other.to(one.device)
+    return torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)
 
 
 def _first_group(lora_A: Tensor, groups: int) -> Tensor:

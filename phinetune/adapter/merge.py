@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,12 +22,13 @@ from phinetune.errors import AdapterError
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper
-from phinetune.model import load_config, stop_ids
+from phinetune.model import filed_dtype, stop_ids
 from phinetune.model.files import CONFIG, INDEX
 from phinetune.model.quantise import in_4bit
 from phinetune.recipe import ModelKwargs
 
 SHARD_BYTES = 10**9
+METADATA = {"format": "pt", "written_by": "phinetune merge"}
 Quantise = Callable[[Tensor], Tensor]
 
 
@@ -54,10 +56,10 @@ def merge_adapter(
         AdapterError, ModelError: as `load_tuned`, or if `output` is there.
         RunError: if the disk has no room; nothing is left of the attempt.
     """
-    output = Path(output)
+    output = Path(output) if Path(output).name else Path(output).absolute()  # `.` has a name, too
+    as_filed = _as_filed(folder, kwargs)
     if output.exists():
         _check_replaceable(output, overwrite)
-    as_filed = _as_filed(folder, kwargs)
     cpu, trained_on = torch.device("cpu"), device_of(Path(folder))
     model, tokenizer = load_tuned(folder, as_filed, allow_template_mismatch=allow_template_mismatch, device=cpu)
 
@@ -92,16 +94,25 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     known = {path for pattern in MERGED for path in output.glob(pattern)}
     there = {path for path in output.rglob("*") if not path.is_dir()} if output.is_dir() else {output}
     foreign = sorted(there - known)
-    if foreign or not (output / CONFIG).is_file():
-        what = f"holds {foreign[0].name}" if foreign else "holds no model"
+    is_model = (output / CONFIG).is_file()
+    if foreign or not is_model or not all(map(_is_merged, output.glob("*.safetensors"))):
+        what = f"holds {foreign[0].name}" if foreign else f"holds {'another' if is_model else 'no'} model"
         raise AdapterError(str(output), f"{what}, which no merge wrote, so it is kept", "give another output folder")
+
+
+def _is_merged(weights: Path) -> bool:
+    """Whether a file of weights is a merge's; a base's own may be called the same."""
+    try:
+        with safe_open(weights, "pt") as file:
+            return dict(file.metadata() or {}).get("written_by") == METADATA["written_by"]
+    except (SafetensorError, OSError):
+        return False
 
 
 def _as_filed(folder: str | Path, kwargs: ModelKwargs) -> ModelKwargs:
     """The base in the dtype of its files, so that its weights stay mapped."""
-    own = getattr(load_config(*base_of(Path(folder), kwargs)), "dtype", None)
-    update = {"load_in_4bit": False, "load_in_8bit": False, "dtype": str(own or "bfloat16").removeprefix("torch.")}
-    return kwargs.model_copy(update=update)
+    dtype = filed_dtype(*base_of(Path(folder), kwargs))
+    return kwargs.model_copy(update={"load_in_4bit": False, "load_in_8bit": False, "dtype": dtype})
 
 
 @torch.no_grad()
@@ -153,7 +164,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         nonlocal shards
         shards += 1
         name = f"shard-{shards}"
-        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / name, metadata={"format": "pt"})
+        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / name, metadata=METADATA)
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
@@ -188,5 +199,6 @@ def _describe(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) -> N
     generation.eos_token_id = stop_ids(model, tokenizer)
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    generation.save_pretrained(folder)
+    # As it is: save_pretrained refuses what a base may come with, a temperature without do_sample, say.
+    generation.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)

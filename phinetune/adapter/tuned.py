@@ -24,10 +24,13 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def recipe_of(run: Path) -> Recipe | None:
-    """The resolved recipe of a run's folder, or of the run a checkpoint belongs to."""
+    """The resolved recipe of a run's folder, or of the run a checkpoint belongs to; the revision of its base is the
+    adapter's to say, by a commit, where a recipe names what may move."""
     for folder in run_folders(run):
         if (folder / "recipe.yaml").is_file():
-            return load_recipe(folder / "recipe.yaml")[0]
+            recipe = load_recipe(folder / "recipe.yaml")[0]
+            kwargs = recipe.model_kwargs.model_copy(update={"revision": None})
+            return recipe.model_copy(update={"model_kwargs": kwargs})
     return None
 
 
@@ -44,14 +47,16 @@ def base_of(folder: Path, kwargs: ModelKwargs, base: str | None = None) -> tuple
         AdapterError: if it names none, or one that is another by now.
     """
     config, _ = read_adapter(folder)
-    base = base or config.get("base_model_name_or_path")
+    base, revision = base or config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base or "", str) or not isinstance(revision or "", str):
+        what = f"{CONFIG_FILE} names the base {base!r} in revision {revision!r}, which are no names"
+        raise AdapterError(str(folder), what, "save the adapter again")
     if not base:
         mend = f"write base_model_name_or_path into its {CONFIG_FILE}"
         raise AdapterError(str(folder), "doesn't say which base model it belongs to", mend)
-    revision = config.get("revision")
     if base == smollm2.NAME and revision not in (None, smollm2.GGUF_SHA256):
         raise AdapterError(str(folder), f"was made for another {base} ({revision})", "tune it again")
-    return base, kwargs.model_copy(update={"revision": revision or kwargs.revision})
+    return base, kwargs.model_copy(update={"revision": kwargs.revision or revision})
 
 
 def load_tuned(

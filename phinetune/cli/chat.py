@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from phinetune.errors import AdapterError
+from phinetune.errors import AdapterError, InputError
 
 
 def run_chat(
@@ -50,7 +50,9 @@ def run_chat(
 
 
 def _asked() -> Any:
-    """What the user types, until an empty line, Ctrl-D or Ctrl-C."""
+    """What the user types, until Ctrl-D or Ctrl-C; empty lines say nothing."""
+    if sys.stdin is None:
+        return
     if sys.stdin.isatty():
         print("Ctrl-D ends the chat.")
     while True:
@@ -58,6 +60,8 @@ def _asked() -> Any:
             said = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as error:
+            raise InputError("stdin", f"is not UTF-8 ({error.reason})", "write in UTF-8") from None
         if said:
             yield said
 

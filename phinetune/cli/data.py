@@ -164,7 +164,7 @@ def _print_tokens(shown: Sequence[tuple[str, Any]], ids: bool) -> None:
                 line.append(f"{mark}{token.id:>7}  {token.text!r}\n", style)
             else:
                 line.append(token.text, style)
-        console.print(line if ids or console.is_terminal else _bracketed(tokens))
+        console.print(line if ids or console.is_terminal else Text(_bracketed(tokens)))
 
 
 def _bracketed(tokens: Sequence[Any]) -> str:

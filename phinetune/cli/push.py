@@ -12,7 +12,8 @@ def run_push(run: Path, repository: str, merged: Path | None, private: bool, tok
         print(f"pushed to {push(run, repository, merged=merged, private=private, token=token)}")
         return
     check_repository(repository)
-    files = files_to_publish(merged or run)
+    files = files_to_publish(merged or run, merged=merged is not None)
     print(model_card(run, repository, merged=merged is not None))
-    for path in files:
-        print(f"would push {path.name}  {path.stat().st_size:,} bytes")
+    for name, content in files.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"would push {name}  {size:,} bytes")

@@ -2,9 +2,9 @@
 
     messages            {"messages": [{"role": "user", "content": …}, …], "tools": […]}          OpenAI
     sharegpt            {"conversations": [{"from": "human", "value": …}, …], "system": …, "tools": …}
-    alpaca              {"instruction": …, "input": …, "output": …, "system": …, "history": [[…, …], …]}
+    alpaca              {"instruction": …, "input" or "context": …, "output": …, "system": …, "history": [[…, …], …]}
     prompt_completion   {"prompt": …, "completion": …}, each text or a list of messages
-    pairs               {"question": …, "answer": …} and the like, or any two columns that the recipe names
+    pairs               {"question": …, "context": …, "answer": …} and the like, or any columns that the recipe names
     text                {"text": …}: learnt from end to end, without a chat template
 
 A record that is none of them, or a damaged one, becomes a `Rejected` with the reason.
@@ -40,6 +40,17 @@ PAIRS = (
     *(("input", "output"), ("prompt", "response"), ("problem", "solution"), ("user", "assistant")),
 )
 PREFERENCE = ("chosen", "rejected")
+
+_BESIDE = {"system", "system_prompt", "tools"}
+# What is read of a row of each format; other columns are left alone.
+READ = {
+    "messages": {"messages", "functions", *_BESIDE},
+    "sharegpt": {"conversations", "conversation", *_BESIDE},
+    "alpaca": {"instruction", "input", "context", "output", "response", "history", *_BESIDE},
+    "prompt_completion": {"prompt", "completion", "label", *_BESIDE},
+    "pairs": {"input", "context", *(column for pair in PAIRS for column in pair), *_BESIDE},
+    "text": {"text"},
+}
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,10 @@ def to_row(record: Any, where: str, format: str = "auto", columns: Mapping[str, 
         given = {str(key): value for key, value in record.items() if value is not None}
         if columns:
             given = _renamed(given, columns)
-            if format == "auto" and {"user", "assistant"} <= set(columns):
-                format = "pairs"
         if format == "auto":
-            format = recognise(given)
+            format = _recognise_named(given, columns) if columns else recognise(given)
+        if unread := (columns or {}).keys() - READ[format]:
+            raise _BadRow(f"is read as {format}, which knows no column {min(unread)} (data.columns names it)")
         messages, tools = READERS[format](given)
         if format == "text":
             return Row(where, text=messages, format=format, raw=record)
@@ -122,6 +133,14 @@ def recognise(record: Mapping[str, Any]) -> str:
     raise _BadRow(f"has no `messages`, nor the columns of another known format (it has {keys})")
 
 
+def _recognise_named(record: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """The format of a record by the columns that the recipe names, else by all that it has."""
+    try:
+        return recognise({ours: record[ours] for ours in columns if ours in record})
+    except _BadRow:
+        return recognise(record)
+
+
 def _messages(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
     messages = _chat(_required(record, "messages"), "messages")
     return _with_system(record, messages), _tools(record.get("tools", record.get("functions")))
@@ -135,8 +154,8 @@ def _sharegpt(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
 
 def _alpaca(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
     key = "output" if "output" in record else "response"
-    asked = [_text(_required(record, "instruction"), "instruction"), _text(record.get("input", ""), "input")]
-    history = record.get("history", [])
+    asked = _asked(record, "instruction", ("input", "context"))
+    history = _decoded(record.get("history", [])) or []
     if not isinstance(history, list):
         raise _BadRow(f"`history` is {kind_of(history)}, not a list of [question, answer]")
     messages: list[Message] = []
@@ -144,11 +163,13 @@ def _alpaca(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
         if not isinstance(turn, list) or len(turn) != 2:
             raise _BadRow(f"turn {number} of `history` is not [question, answer]")
         messages += _exchange(_text(turn[0], "history"), _text(turn[1], "history"))
-    messages += _exchange("\n".join(part for part in asked if part), _text(_required(record, key), key))
+    messages += _exchange(asked, _text(_required(record, key), key))
     return _with_system(record, messages), _tools(record.get("tools"))
 
 
 def _prompt_completion(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
+    if record.get("label") is False:
+        raise _BadRow("is marked as a bad completion (label is false), which is not one to imitate")
     prompt, completion = _required(record, "prompt"), _required(record, "completion")
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = _chat(prompt, "prompt") if isinstance(prompt, list) else [_message("user", _text(prompt, "prompt"))]
@@ -164,8 +185,15 @@ def _prompt_completion(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
 
 def _pairs(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
     user, assistant = next((pair for pair in PAIRS[::-1] if set(pair) <= set(record)), ("user", "assistant"))
-    messages = _exchange(_text(_required(record, user), user), _text(_required(record, assistant), assistant))
+    beside = tuple(column for column in ("input", "context") if column != user)
+    messages = _exchange(_asked(record, user, beside), _text(_required(record, assistant), assistant))
     return _with_system(record, messages), _tools(record.get("tools"))
+
+
+def _asked(record: Mapping[str, Any], column: str, beside: Sequence[str]) -> str:
+    """The question, and on lines of their own what it is about."""
+    parts = [_text(_required(record, column), column), *(_text(record.get(name, ""), name) for name in beside)]
+    return "\n".join(part for part in parts if part)
 
 
 def _plain_text(record: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -188,7 +216,8 @@ READERS = {
 def _renamed(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The record with the columns that the recipe names under our names; columns it doesn't name stay."""
     missing = [theirs for theirs in columns.values() if theirs not in record]
-    if missing and not set(missing) <= {columns.get("system"), columns.get("tools"), columns.get("input")}:
+    optional = {columns.get(ours) for ours in ("system", "tools", "input", "context", "history")}
+    if missing and not set(missing) <= optional:
         raise _BadRow(f"has no column {missing[0]} (it has {', '.join(list(record)[:8]) or 'nothing'})")
     named = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     return {**{key: value for key, value in record.items() if key not in columns.values()}, **named}
@@ -231,8 +260,10 @@ def _one_message(given: Any, calls: int) -> Message:
         message |= {"role": "assistant", "tool_calls": message["content"], "content": ""}
     if "function_call" in message:
         message["tool_calls"] = [message.pop("function_call")]
-    if "tool_calls" in message:
+    if message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(message["tool_calls"], calls)
+    else:
+        message.pop("tool_calls", None)  # templates take an empty list for calls
     message["content"] = _content(message)
     flags = [_flag(key, message.pop(key)) for key in ("train", "weight") if key in message]
     if flags:

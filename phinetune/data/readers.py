@@ -7,17 +7,17 @@ why there is none at this place.
 import codecs
 import csv
 import io
-import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from phinetune.data.formats import Rejected, Row, to_row
 from phinetune.data.sources import DataFile, open_sources
+from phinetune.data.tables import table_records
 from phinetune.errors import DataError
 
 CHUNK_BYTES = 1 << 20
@@ -51,9 +51,24 @@ def chunks(file: DataFile, number: int) -> Iterator[Chunk]:
     if file.kind == "lines":
         yield from _line_chunks(file, number)
         return
-    records = RECORD_READERS[file.kind](file)
-    while part := list(itertools.islice(records, CHUNK_RECORDS)):
+    part: list[Record] = []
+    size = 0
+    for record in RECORD_READERS[file.kind](file):
+        part.append(record)
+        size += _characters(record[1])
+        if len(part) == CHUNK_RECORDS or size > CHUNK_BYTES:
+            yield Chunk(number, records=part)
+            part, size = [], 0
+    if part:
         yield Chunk(number, records=part)
+
+
+def _characters(value: Any) -> int:
+    """About what a record takes."""
+    if isinstance(value, str):
+        return len(value)
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return 8 + sum(map(_characters, held))
 
 
 def records(chunk: Chunk, file: DataFile) -> Iterator[Record]:
@@ -107,7 +122,22 @@ def decode_line(line: bytes, where: str) -> Any:
         reason = "is nested too deeply to be a chat"
     except ValueError as error:  # a number of too many digits
         reason = f"is not valid JSON ({error})"
-    return _decoder.checked(Rejected(where, reason, text[:KEPT_OF_A_BROKEN_ROW]), where)
+    _decoder.faults.clear()
+    return Rejected(where, reason, text[:KEPT_OF_A_BROKEN_ROW])
+
+
+class _Faulty(dict[str, Any]):
+    """What stands where JSON has a fault."""
+
+    fault: str
+
+
+def _fault_in(value: Any) -> str | None:
+    """The fault that `_Decoder` has noted in a part of what it decoded."""
+    if isinstance(value, _Faulty):
+        return value.fault
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(_fault_in, held)), None)
 
 
 class _Decoder(json.JSONDecoder):
@@ -122,11 +152,16 @@ class _Decoder(json.JSONDecoder):
         if len(made) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            self.faults.append(f"has the key {twice!r} twice, and which one counts is not said")
+            made = _Faulty(made)
+            made.fault = f"has the key {twice!r} twice, and which one counts is not said"
+            self.faults.append(made.fault)
         return made
 
     def _constant(self, name: str) -> Any:
-        self.faults.append(f"is not valid JSON ({name})")
+        made = _Faulty()
+        made.fault = f"is not valid JSON ({name})"
+        self.faults.append(made.fault)
+        return made
 
     def checked(self, value: Any, where: str) -> Any:
         """The value, or a Rejected for the faults noted since the last one."""
@@ -196,11 +231,13 @@ def _array(text: "_Text", file: DataFile) -> Iterator[Record]:
 def _json_object(text: "_Text", file: DataFile) -> Iterator[Record]:
     """An object a line, or one object: a row by itself, or holding its rows in a list such as `data`."""
     line, value = text.line, text.value(file.place(text.line))
-    lists = []
-    if isinstance(value, dict) and not ROW_COLUMNS & set(value):
-        lists = [held for held in value.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
+    whole, lists = value.raw if isinstance(value, Rejected) else value, []
+    if isinstance(whole, dict) and not ROW_COLUMNS & set(whole):
+        lists = [held for held in whole.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
     if len(lists) == 1 and not text.peek():
-        yield from enumerate(lists[0], 1)
+        for number, row in enumerate(lists[0], 1):
+            fault = _fault_in(row)
+            yield number, Rejected(file.place(number), fault, row) if fault else row
         return
     yield line, value
     while text.peek():
@@ -275,7 +312,7 @@ def _csv_records(file: DataFile, delimiter: str = ",") -> Iterator[Record]:
     csv.field_size_limit(LONGEST_LINE)
     with _readable(file), file.open() as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        reader = csv.reader(_bounded_lines(text, file), delimiter=delimiter, strict=True)
         try:
             header = next(reader, None)
             if not header or not any(header):
@@ -301,41 +338,49 @@ def _csv_records(file: DataFile, delimiter: str = ",") -> Iterator[Record]:
             raise DataError(file.place(reader.line_num), what, "save it as UTF-8") from None
 
 
-def _numbered(batches: Iterable[Any]) -> Iterator[Record]:
-    """The records of a table's parts, from 1."""
-    before = 0
-    for batch in batches:
-        batch.validate(full=True)  # a damaged file may end the process where it is read unchecked
-        for start in range(0, len(batch), CHUNK_RECORDS):
-            yield from enumerate(batch.slice(start, CHUNK_RECORDS).to_pylist(), before + start + 1)
-        before += len(batch)
+def _bounded_lines(text: Any, file: DataFile) -> Iterator[str]:
+    number = 0
+    while line := text.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            what = f"has a line of more than {LONGEST_LINE >> 20} MB"
+            raise DataError(file.place(number), what, "give one chat a line")
+        yield line
 
 
 def _parquet_records(file: DataFile) -> Iterator[Record]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import parquet
 
-    try:
-        with file.open() as stream:
-            source = stream if not file.compression else io.BytesIO(stream.read())
-            yield from _numbered(parquet.ParquetFile(source).iter_batches(CHUNK_RECORDS))
-    except (ArrowException, OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _unreadable(file, error) from None
+    with _table(file) as source:
+        yield from table_records(parquet.ParquetFile(source).iter_batches(CHUNK_RECORDS), file)
 
 
 def _arrow_records(file: DataFile) -> Iterator[Record]:
-    from pyarrow import ArrowException, ArrowInvalid, ipc
+    from pyarrow import ArrowInvalid, ipc
+
+    with _table(file) as source:
+        try:
+            reader = ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except ArrowInvalid:  # a stream, as `datasets` writes them
+            source.seek(0)
+            batches = iter(ipc.open_stream(source))
+        yield from table_records(batches, file)
+
+
+@contextmanager
+def _table(file: DataFile) -> Iterator[Any]:
+    """A table's bytes, from which one can read at any place."""
+    from pyarrow import ArrowException
 
     try:
         with file.open() as stream:
-            source = stream if not file.compression else io.BytesIO(stream.read())
-            try:
-                reader = ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            except ArrowInvalid:  # a stream, as `datasets` writes them
-                source.seek(0)
-                batches = iter(ipc.open_stream(source))
-            yield from _numbered(batches)
-    except (ArrowException, OSError, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
+            yield stream if not file.compression else io.BytesIO(stream.read())
+    except DataError:
+        raise
+    except (ArrowException, OSError, ValueError, EOFError, LookupError, ArithmeticError) as error:
+        raise _unreadable(file, error) from None
+    except (zlib.error, lzma.LZMAError) as error:
         raise _unreadable(file, error) from None
 
 

@@ -71,6 +71,7 @@ class Rendering:
     words: list[tuple[int, Span]] = field(default_factory=list)
     as_text: list[Span] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
+    supervise: str = "assistant"
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Renderer:
         Raises:
             CannotRender: with the reason.
         """
-        return self._renderings(messages, tools)[0]
+        return self._renderings(messages, tools, self.config.supervise)[0]
 
     # From a row to texts
 
@@ -181,25 +182,36 @@ class Renderer:
                 rendering = Rendering(row.text + self.eos, [(0, len(row.text + self.eos))], [])
                 rendering = replace(rendering, as_text=self._marks.spans(row.text))
                 return [rendering], Finding.CONTROL_TEXT if rendering.as_text else NOTHING
-            renderings, findings = self._renderings(row.messages, row.tools)
+            supervise, messages = self._supervised(row)
+            renderings, findings = self._renderings(messages, row.tools, supervise)
             for rendering in renderings:
                 rendering.text.encode()
         except CannotRender as error:
             return Rejected(row.where, error.reason, row.raw)
         except UnicodeEncodeError:
             return Rejected(row.where, "holds half a surrogate pair, which no tokenizer can read", row.raw)
+        except RecursionError:
+            return Rejected(row.where, "is nested too deeply to be a chat", None)
         if self.config.excess_length_strategy == "drop":
             for rendering in renderings:
                 if len(rendering.text) > self.config.max_length * self._longest_token:
                     return Rejected(row.where, self._too_long(self.config.max_length + 1, "more than "), row.raw)
         return renderings, findings
 
+    def _supervised(self, row: Row) -> tuple[str, list[Message]]:
+        """What is learnt of a row, and its messages; those of a prompt say themselves that they aren't learnt."""
+        if row.format != "prompt_completion" or self.config.supervise not in ("completion", "all"):
+            return self.config.supervise, row.messages
+        if self.config.supervise == "completion":
+            return "assistant", row.messages
+        return "all", [{name: value for name, value in m.items() if name != "train"} for m in row.messages]
+
     def _renderings(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, supervise: str
     ) -> tuple[list[Rendering], Finding]:
         settled, findings = self._settled(messages)
         hidden, tools, letters = self._marks.hide(settled, tools)
-        renderings, found = self._texts(hidden, tools)
+        renderings, found = self._texts(hidden, tools, supervise)
         findings |= found | (Finding.CONTROL_TEXT if letters else NOTHING)
         return [_shown(rendering, letters) for rendering in renderings], findings
 
@@ -211,12 +223,14 @@ class Renderer:
         finding = Finding.SYSTEM_MOVED if policy == "prepend" else Finding.SYSTEM_IGNORED
         return _without_system(messages, policy == "prepend"), finding
 
-    def _texts(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[list[Rendering], Finding]:
+    def _texts(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, supervise: str
+    ) -> tuple[list[Rendering], Finding]:
         """The whole with the turns that can be learnt from it, behind examples of their own for those that can't."""
         text = self.template.render(messages, tools)
         self._check_tools(tools, text)
         assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        wanted = [i for i in assistant if self._is_wanted(messages[i], i == assistant[-1])]
+        wanted = [i for i in assistant if messages[i].get("train", i == assistant[-1] or supervise != "last")]
         findings = NOTHING
         if assistant and assistant[-1] < len(messages) - 1:
             findings |= Finding.UNANSWERED
@@ -244,21 +258,18 @@ class Renderer:
             findings |= Finding.REWRITTEN
             learnt = _joined([span, *self._tail_span(up_to)])
             words = self._words(messages[: i + 1], up_to, [(i, span)])
-            own.append(Rendering(up_to, learnt, messages[: i + 1], [(i, span)], words, tools=tools))
+            own.append(Rendering(up_to, learnt, messages[: i + 1], [(i, span)], words, [], tools, supervise))
         words = self._words(messages, text, turns)
         marked = self._marked(messages, words, text, tools)
-        if own and not turns and not marked:
+        if own and not turns and not marked and supervise not in ("all", "completion"):
             return own, findings
-        if self.config.supervise == "all":
+        if supervise in ("all", "completion"):
             learnt = _without([(0, len(text))], [s for i, s in words if messages[i].get("train") is False or i in lost])
         else:
             learnt = [span for _, span in turns] + marked
             if turns and turns[-1][0] == len(messages) - 1:
                 learnt += self._tail_span(text)
-        return [*own, Rendering(text, _joined(learnt), messages, turns, words, tools=tools)], findings
-
-    def _is_wanted(self, message: Message, is_last: bool) -> bool:
-        return bool(message.get("train", is_last or self.config.supervise != "last"))
+        return [*own, Rendering(text, _joined(learnt), messages, turns, words, [], tools, supervise)], findings
 
     def _turn(self, messages: list[Message], index: int, text: str, tools: list[dict[str, Any]] | None) -> Span:
         """Where the last turn of `text` is: from behind its prompt to behind the control token that closes it."""
@@ -278,9 +289,8 @@ class Renderer:
         if said < 0:
             raise CannotRender(f"the chat template does not write the reasoning of message {index + 1}")
         said += len(reasoning)
-        found = self._find_answer(text, content, said) if content and not message.get("tool_calls") else -1
-        if found >= 0:
-            end = found + len(content)
+        end = self._end_of_answer(text, message["content"], said) if content and not message.get("tool_calls") else -1
+        if end >= 0:
             control = self._control.search(text, end)
             return start, control.end() if control else end
         end = self._end_of_turns(text)
@@ -294,11 +304,13 @@ class Renderer:
         closing = [match.end() for match in self._control.finditer(text, start, end)]
         return start, closing[-1] if closing else start + len(text[start:end].rstrip())
 
-    def _find_answer(self, text: str, content: str, start: int) -> int:
-        """Where an answer's words begin; what the template writes between prompt and words may hold the same ones, as in
+    def _end_of_answer(self, text: str, content: str, start: int) -> int:
+        """Behind an answer's words; what the template writes between prompt and words may hold the same ones, as in
         <|channel|>final<|message|>final."""
-        behind = text.find(self._opening + content, start)
-        return behind + len(self._opening) if behind >= 0 else text.find(content, start)
+        for words in (self._opening + content, self._opening + content.strip(), content.strip()):
+            if (begin := text.find(words, start)) >= 0:
+                return begin + len(words)
+        return -1
 
     def _end_of_turns(self, text: str) -> int:
         """Where the turns end: before what is written behind any conversation, or a header always written there."""
@@ -510,7 +522,7 @@ class Renderer:
         """Some messages of a conversation as one of their own: only what was learnt in it is learnt."""
         kept = {id(rendering.messages[index]) for index, _ in rendering.turns}
         marked = [{**m, "train": id(m) in kept} if m["role"] == "assistant" else m for m in messages]
-        shorter = self._renderings(marked, rendering.tools)[0][-1]
+        shorter = self._renderings(marked, rendering.tools, rendering.supervise)[0][-1]
         return shorter, self._encode(shorter)
 
     def _fit_text(self, row: Row, encoded: Encoded) -> tuple[list[Example], Finding]:

@@ -7,12 +7,15 @@ brought into a file first, so that behind this door there are only files.
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
+import math
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -97,7 +100,9 @@ def open_sources(given: Any, rows: Iterable[Any] | None = None) -> Iterator[list
         files: list[DataFile] = []
         for item in given if isinstance(given, list) else [given]:
             source = item if isinstance(item, DataSource) else DataSource(path=item)
-            path = Path(source.path).expanduser()
+            path = _path(source.path)
+            if source.path == STDIN and sys.stdin is None:
+                raise DataError("stdin", "is closed", "pipe one chat a line into it")
             if source.path == STDIN:
                 found = [stack.enter_context(_stream_as_file(sys.stdin.buffer, "stdin", source))]
             elif path.exists() and not path.is_file() and not path.is_dir():  # a pipe: it can be read but once
@@ -114,9 +119,9 @@ def _find(source: DataSource) -> Iterator[DataFile]:
     if said.startswith(SHIPPED):
         yield _file(_shipped(said), said, source)
         return
-    path = Path(said).expanduser()
+    path = _path(said)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind_of(p)[0] and not _is_hidden(p, path))
+        found = sorted(p for p in _files_in(path) if _kind_of(p)[0])
         if not found:
             raise DataError(said, "the folder holds no data files", MEND)
         for file in found:
@@ -146,8 +151,32 @@ def is_hub_id(said: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not _kind_of(Path(name))[0]
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+def _path(said: str) -> Path:
+    """
+    Raises:
+        DataError: for what can't be looked at.
+    """
+    try:
+        path = Path(said).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, no permission, a name too long
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(said[:200], f"can't be looked at ({reason})", "correct the path") from None
+    return path
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All that is in a folder and those below it, behind links too; names that begin with . or _ aside."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(str(error.filename), f"can't be read ({error.strerror})", MEND) from None
+
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        seen.add(os.path.realpath(where))
+        shown = [name for name in folders if not name.startswith((".", "_"))]
+        folders[:] = [name for name in shown if os.path.realpath(Path(where, name)) not in seen]
+        yield from (Path(where, name) for name in names if not name.startswith((".", "_")))
 
 
 def _kind_of(path: Path) -> tuple[str, str]:
@@ -234,18 +263,43 @@ def _stream_as_file(stream: Any, name: str, source: DataSource) -> Iterator[Data
 def _rows_as_file(rows: Iterable[Any]) -> Iterator[DataFile]:
     """Rows from Python as JSON Lines; what JSON can't hold is named row by row, never turned into text."""
     with tempfile.TemporaryDirectory(prefix="phinetune-") as folder:
+        if hasattr(rows, "with_format") and hasattr(rows, "num_rows"):  # a datasets.Dataset
+            yield DataFile(_table_of(rows, Path(folder)), "row", "arrow")
+            return
         path = Path(folder) / "rows.jsonl"
         unreadable: dict[int, str] = {}
         with path.open("w", encoding="utf-8", errors="surrogatepass") as file:
             for number, row in enumerate(rows, 1):
                 try:
-                    file.write(json.dumps(row, ensure_ascii=True) + "\n")
+                    file.write(json.dumps(_without_nan(row), ensure_ascii=True) + "\n")
                 except (TypeError, ValueError, RecursionError) as error:
                     unreadable[number] = f"holds what JSON can't ({error})"
                     file.write("null\n")
         if path.stat().st_size == 0:
             raise DataError("rows from Python", "there are none", "give at least one chat")
         yield DataFile(path, "row", "lines", unreadable=unreadable)
+
+
+def _without_nan(row: Any) -> Any:
+    """A row without what pandas writes where it has nothing."""
+    if not isinstance(row, Mapping):
+        return row
+    return {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+
+
+def _table_of(dataset: Any, folder: Path) -> Path:
+    """A `datasets.Dataset`'s rows as an Arrow file, with the types that tell its nulls and JSON from a row's own."""
+    from pyarrow import ipc
+
+    path = folder / "rows.arrow"
+    if not dataset.num_rows:
+        raise DataError("rows from Python", "there are none", "give at least one chat")
+    tables = dataset.with_format("arrow").iter(1000)
+    first = next(tables)
+    with ipc.new_stream(path, first.schema) as file:
+        for table in itertools.chain([first], tables):
+            file.write_table(table.cast(first.schema))
+    return path
 
 
 def describe(files: Sequence[DataFile]) -> str:

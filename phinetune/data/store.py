@@ -58,7 +58,7 @@ class StoreWriter:
         self.folder = folder
         self.arrays: dict[str, list[Any]] = {name: [] for name in (*EXAMPLE_ARRAYS, *ROW_ARRAYS, "from_file", "bytes")}
         self.formats: Counter[str] = Counter()
-        self.digest = hashlib.sha256()
+        self.digests = [hashlib.sha256() for _ in range(3)]  # one each, since pieces may be cut elsewhere
         self.rejected = 0
         self.ids = (folder / "ids.bin").open("wb")
         self.mask = (folder / "mask.bin").open("wb")
@@ -72,8 +72,8 @@ class StoreWriter:
         self.arrays["bytes"].append(np.array([len(row) + 1 for row in piece.rows], np.int64))
         for file, array in ((self.ids, piece.ids), (self.mask, piece.mask)):
             file.write(array.tobytes())
-        for array in (piece.lengths, piece.ids, piece.mask):
-            self.digest.update(array.tobytes())
+        for digest, array in zip(self.digests, (piece.lengths, piece.ids, piece.mask), strict=True):
+            digest.update(array.tobytes())
         self.rows.writelines(row + b"\n" for row in piece.rows)
         for number, reason, raw in piece.rejected:
             line = json.dumps([piece.file, number, reason, raw], default=str)
@@ -102,8 +102,8 @@ class StoreWriter:
             "names": list(names),
             "rejected": self.rejected,
             "formats": dict(self.formats),
-            "tokens": int(joined["lengths"].sum()),
-            "digest": self.digest.hexdigest(),
+            "digest": hashlib.sha256(b"".join(d.digest() for d in self.digests)).hexdigest(),
+            "bytes": {path.name: path.stat().st_size for path in self.folder.iterdir()},
         }
         for path in self.folder.iterdir():  # behind a power cut a manifest must not stand before what it names
             with path.open("rb") as file:
@@ -132,9 +132,8 @@ class Store:
 
     def is_whole(self) -> bool:
         """Whether its files are as long as they must be."""
-        tokens, sizes = self.manifest["tokens"], {"ids.bin": 4, "mask.bin": 1}
         try:
-            return all((self.folder / name).stat().st_size == size * tokens for name, size in sizes.items())
+            return all((self.folder / name).stat().st_size == size for name, size in self.manifest["bytes"].items())
         except FileNotFoundError:
             return False
 

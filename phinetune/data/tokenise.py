@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import queue
+import re
 import shutil
 import tempfile
 import time
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 WORTH_PROCESSES = 8 << 20  # bytes of data above which starting processes pays
 KEPT_UNUSED = 30 * 86400  # seconds after which tokenised data that nobody read is removed
+OWN_NAME = re.compile(r"[0-9a-f]{32}|\.tmp-\w+")
 # Settings that no token depends on.
 NOT_IN_KEY = {
     *("train", "eval", "max_rejected", "duplicates", "held_out_in_train", "max_batch_tokens", "num_proc"),
@@ -121,7 +123,7 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
     """
     root = cache_folder() / "data"
     folder = root / cache_key(task)
-    if (folder / MANIFEST).is_file():
+    if folder.exists():
         with suppress(OSError):  # somebody else's, whom it is to be read by all the same
             os.utime(folder)
         with suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
@@ -176,6 +178,8 @@ def _code() -> str:
 def _remove_unused(root: Path) -> None:
     """Tokenised data that nobody has read for a month, and what a killed process left behind then."""
     for path in root.iterdir():
+        if not OWN_NAME.fullmatch(path.name):  # the user's, in a folder that is called as ours
+            continue
         with suppress(FileNotFoundError):  # another process's, renamed or removed just now
             if time.time() - path.stat().st_mtime > KEPT_UNUSED:
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
 """What a finished run has held out, and what its adapter is worth on another base."""
 
-import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from phinetune.errors import DataError
 from phinetune.evaluate.loss import evaluate_loss
 from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.recipe import FROM_PYTHON, DataConfig, ModelKwargs, Recipe
+from phinetune.untrusted import Untrusted, read_json
 
 
 def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None = None) -> tuple[Any, Any]:
@@ -29,15 +30,29 @@ def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None 
         return prepared.train, prepared.train_rows
     check_held_out(run, recipe, data)
     assert recipe is not None
-    if gone := [path for path in _paths(recipe) if path == "-" or path.endswith(FROM_PYTHON)]:
+    is_share = isinstance(recipe.data.eval, float | int)
+    mend = "give held-out rows with --data chats.jsonl"
+    source = recipe.data.train if is_share else recipe.data.eval
+    if gone := [path for path in _paths(source) if path == "-" or path.endswith(FROM_PYTHON)]:
         what = f"its rows ({gone[0]}) can't be read again, so what was held out is not known"
-        raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
+        raise DataError(str(run), what, mend)
+    if not is_share:  # files of their own
+        prepared = prepare(recipe.data.model_copy(update={"train": source, "eval": None}), tokenizer, seed=0)
+        return prepared.train, prepared.train_rows
     prepared = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
-    ledger = next(f / "ledger.json" for f in run_folders(run) if (f / "ledger.json").is_file())
-    if prepared.fingerprint != json.loads(ledger.read_text(encoding="utf-8")).get("fingerprint"):
+    if prepared.fingerprint != _fingerprint(run):
         what = "the data has changed since the run, so what was held out then is not known"
-        raise DataError(str(run), what, "give held-out rows with --data chats.jsonl")
+        raise DataError(str(run), what, mend)
     return prepared.eval, prepared.eval_rows
+
+
+def _fingerprint(run: Path) -> str | None:
+    """Of what the run was trained on, as its ledger says."""
+    for folder in run_folders(run):
+        with suppress(FileNotFoundError, Untrusted):
+            found = read_json(folder / "ledger.json")
+            return found.get("fingerprint") if isinstance(found, dict) else None
+    return None
 
 
 def check_held_out(
@@ -48,10 +63,9 @@ def check_held_out(
         raise DataError(str(run), "this run has no held-out rows", mend)
 
 
-def _paths(recipe: Recipe) -> list[str]:
-    """What the recipe names as data."""
-    given = [recipe.data.train, recipe.data.eval]
-    items = [item for source in given for item in (source if isinstance(source, list) else [source])]
+def _paths(source: Any) -> list[str]:
+    """What is named as data."""
+    items = source if isinstance(source, list) else [source]
     return [item if isinstance(item, str) else getattr(item, "path", "") for item in items]
 
 

@@ -87,3 +87,11 @@ def fused_parts(config: Any) -> dict[str, dict[str, int]]:
         "qkv_proj": {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
         "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
     }
+
+
+def position_table(model: Any) -> bool:
+    """Whether positions are learnt, in a table that ends (GPT-2, OPT)."""
+    positions, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    # OPT's has two more.
+    return positions is not None and any(positions <= table.num_embeddings <= positions + 2 for table in tables)

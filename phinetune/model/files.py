@@ -50,8 +50,8 @@ def check_model_files(where: str, place: str, options: Mapping[str, Any]) -> Non
         raise ModelError(where, what, "take a version in safetensors, or convert it where you trust it")
 
 
-def check_sizes(where: str, place: str, config: Any) -> None:
-    """Raises ModelError where a configuration describes a larger model than any, or than its files hold."""
+def check_sizes(where: str, place: str | None, config: Any) -> None:
+    """Raises ModelError where a configuration describes a larger model than any, or than the files of a folder hold."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -59,7 +59,7 @@ def check_sizes(where: str, place: str, config: Any) -> None:
         size = getattr(config, name, None)
         if isinstance(size, int) and not 0 < size <= most:
             raise ModelError(where, f"{CONFIG} has {name} {size:,}, which no model has", "get it again")
-    files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+    files = sorted(Path(place).glob("*.safetensors")) if place is not None and Path(place).is_dir() else []
     if not files:
         return
     held, tensors = sum(path.stat().st_size for path in files), sum(_tensors(where, path) for path in files)
@@ -85,6 +85,18 @@ def _tensors(where: str, path: Path) -> int:
             return len(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(where, f"{path.name} is damaged ({error})", "get it again") from None
+
+
+def dtype_in_files(place: str, options: Mapping[str, Any]) -> Any:
+    """The dtype of the first weight in a model's safetensors files; None where there are none."""
+    import torch
+
+    folder = Path(place) if Path(place).is_dir() else _snapshot(place, **options)
+    for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+        with safe_open(path, "pt") as file:
+            dtypes = (file.get_slice(name)[:1].dtype for name in file.keys())  # noqa: SIM118
+            return next((dtype for dtype in dtypes if dtype in (torch.float32, torch.float16, torch.bfloat16)), None)
+    return None
 
 
 def commit_of(place: str, options: Mapping[str, Any]) -> str | None:

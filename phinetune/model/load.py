@@ -13,7 +13,7 @@ from phinetune.hub import hub_answers
 from phinetune.kernels import native
 from phinetune.model import attention, smollm2
 from phinetune.model.family import FLAT_FAMILIES
-from phinetune.model.files import check_model_files, check_sizes, commit_of, digest_of
+from phinetune.model.files import check_model_files, check_sizes, commit_of, digest_of, dtype_in_files
 from phinetune.model.quantise import quantise_by_bitsandbytes, quantise_layers, sample_ids, take_over
 from phinetune.recipe import ModelKwargs
 
@@ -112,7 +112,7 @@ def _config(model: str, source: "_Source") -> Any:
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig.from_pretrained, model, source)
-    check_sizes(f"model {model}", source.place, config)
+    check_sizes(f"model {model}", None if model.endswith(".gguf") else source.place, config)
     return config
 
 
@@ -178,6 +178,28 @@ def revision_of(model: str, kwargs: ModelKwargs) -> str | None:
         return smollm2.GGUF_SHA256
     source = _Source.of(model, kwargs)
     return commit_of(source.place, source.options) or kwargs.revision if source.is_hub else None
+
+
+def full_name(model: str) -> str:
+    """A model's name that means the same from any folder: a local path whole, any other as it is."""
+    return str(Path(model).expanduser().absolute()) if Path(model).expanduser().exists() else model
+
+
+def hub_name(model: str) -> str | None:
+    """What a model is called on the Hub; None for one that lies on this machine alone."""
+    if model == smollm2.NAME:
+        return smollm2.HUB_NAME
+    is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).expanduser().exists()
+    return model if model.count("/") == 1 and not is_path else None
+
+
+def filed_dtype(model: str, kwargs: ModelKwargs) -> str:
+    """The dtype of a base's weights in its files."""
+    if model.endswith(".gguf"):  # dequantised in
+        return "float32"
+    source = _Source.of(model, kwargs)
+    own = getattr(_config(model, source), "dtype", None) or dtype_in_files(source.place, source.options)
+    return str(own or "float32").removeprefix("torch.")
 
 
 def version_of(model: str, kwargs: ModelKwargs) -> str:

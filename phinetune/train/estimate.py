@@ -7,6 +7,7 @@ import torch
 
 from phinetune import lora
 from phinetune.kernels import native
+from phinetune.kernels.int8 import Int8Weight
 from phinetune.kernels.products import product
 from phinetune.model.memory import Batch, bytes_to_come, mapped_bytes
 from phinetune.train.memory import memory_free, memory_in_use
@@ -54,6 +55,9 @@ def expected_gb(model: Any, batch: Batch) -> float:
 
 
 def has_room_to_fold(model: Any) -> bool:
-    """Whether a second copy of the adapted weights, which makes answers faster, fits into what is free."""
+    """Whether a second copy of the adapted weights, which makes answers faster, fits into what is free. Not where they
+    are int8: what is folded is multiplied in 16 bits, and would answer otherwise than it trains."""
+    if any(isinstance(parameter, Int8Weight) for parameter in model.parameters()):
+        return False
     adapted = sum(layer.weight.numel() for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear))
     return adapted * torch.finfo(model.dtype).bits / 8 * ROOM_TO_FOLD < memory_free(model.device) - mapped_bytes(model)

@@ -14,7 +14,7 @@ import torch
 
 from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare, writes_date
 from phinetune.disk import check_room, replacing, write_text
-from phinetune.errors import CheckpointError, RecipeError, Stopped
+from phinetune.errors import CheckpointError, InputError, RecipeError, Stopped
 from phinetune.evaluate import Comparison, compare
 from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
@@ -22,10 +22,12 @@ from phinetune.kernels.threads import settle_threads
 from phinetune.lora import lora_layers
 from phinetune.model import (
     adapt_model,
+    full_name,
     load_config,
     load_model,
     load_tokenizer,
     pick_device,
+    position_table,
     quantised_layers,
     resolve_dtype,
     revision_of,
@@ -130,7 +132,7 @@ def train(
         keep_freed_memory()
         threads = settle_threads()
         native.prepare(device)
-        with usage:
+        with usage, torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else ()):
             tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
             checkpoint = _checkpoint_to_resume(folder, resume)
             if checkpoint is not None:
@@ -170,7 +172,7 @@ def train(
                         **(comparison.summary() if comparison else {}),
                     }
                     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-                    write_report(folder)
+                    _write_report(folder)
                     seconds, gb = summary["seconds"], summary["peak_gb"]
                     log.info(f"done: {loop.step} steps in {seconds:.0f} s, peak {gb:.2f} GB, {folder}")
     return Result(folder, summary, comparison)
@@ -220,7 +222,7 @@ def make_loop(
         train=data.train,
         eval=data.eval,
         folder=Path(config.output_dir),
-        base=Base(recipe.model, revision_of(recipe.model, recipe.model_kwargs), chat_fingerprint(tokenizer)),
+        base=Base(full_name(recipe.model), revision_of(recipe.model, recipe.model_kwargs), chat_fingerprint(tokenizer)),
         identity=identity,
         signals=signals,
         usage=usage or Usage(device),
@@ -343,8 +345,7 @@ def _check_tokens(recipe: Recipe, model: Any, tokenizer: Any, batch: Batch) -> N
     if positions is None or batch.longest <= positions:
         return
     what = f"{recipe.model} was made for {positions:,} positions, and the longest row has {batch.longest:,} tokens"
-    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings()]
-    if any(positions <= table.num_embeddings <= positions + 2 for table in tables):  # OPT's has two more
+    if position_table(model):
         raise RecipeError("data.max_length", what, f"set data.max_length={positions}")
     log.warning(f"{what}: it answers badly where it never was; data.max_length={positions} leaves such rows out")
 
@@ -415,6 +416,14 @@ def _announce(loop: Loop, data: Prepared, threads: str) -> None:
         log.warning(f"max_memory_gb={limit:g} is less than a batch of {batch.tokens:,} tokens takes: lower max_length")
 
 
+def _write_report(folder: Path) -> None:
+    """The report is made of what is written; that it can't be is no fault of the run's."""
+    try:
+        write_report(folder)
+    except InputError as error:
+        log.warning(f"there is no report.html: {error}")
+
+
 def _compare(loop: Loop, tokenizer: Any, data: Prepared) -> Comparison:
     """Base against tuned on the held-out rows; their answers go to answers.jsonl."""
     recipe, folder = loop.recipe, loop.folder
@@ -436,6 +445,6 @@ def _compare(loop: Loop, tokenizer: Any, data: Prepared) -> Comparison:
     for who, measured in (("base ", comparison.base), ("tuned", comparison.tuned)):
         log.info(f"{who}  " + "  ".join(f"{name} {value:.4f}" for name, value in measured.items()))
     if recipe.evaluation.metrics:
-        with replacing(folder / "answers.jsonl") as work, work.open("w", encoding="utf-8") as file:
+        with replacing(folder / "answers.jsonl") as work, work.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in comparison.answers)
     return comparison

@@ -112,4 +112,4 @@ def listening() -> Iterator[Signals]:
 
 def _put_back(handlers: dict[signal.Signals, Any]) -> None:
     for listened, handler in handlers.items():
-        signal.signal(listened, handler)
+        signal.signal(listened, signal.SIG_DFL if handler is None else handler)  # None: one that isn't Python's

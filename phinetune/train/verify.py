@@ -79,30 +79,34 @@ def verify_resume(recipe: Path, overrides: Sequence[str], folder: Path, seed: in
     }
 
 
-def _start(recipe: Path, overrides: Sequence[str], output: Path, *more: str) -> "subprocess.Popen[str]":
+def _start(recipe: Path, overrides: Sequence[str], output: Path, *more: str) -> "subprocess.Popen[bytes]":
     settings = [f"{name}={value}" for name, value in SHORT.items()]
     command = [sys.executable, "-m", "phinetune", "train", str(recipe), *overrides, *settings]
     command += [f"training_config.output_dir={output}", *more]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with _said(output).open("w") as said:  # a file, since nobody reads a pipe while the run goes on
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
 
 
-def _finish(process: "subprocess.Popen[str]", output: Path) -> None:
-    _, said = process.communicate()
-    if process.returncode != 0:
-        raise RunError(
-            f"verify-resume, {output.name}", f"the run failed: {_last(said)}", "mend what `train` says first"
-        )
+def _said(output: Path) -> Path:
+    """What the run into a folder says."""
+    return output.with_name(f"{output.name}.said")
 
 
-def _kill(process: "subprocess.Popen[str]", output: Path, behind: int) -> int:
+def _finish(process: "subprocess.Popen[bytes]", output: Path) -> None:
+    if process.wait() != 0:
+        what = f"the run failed: {_last(_said(output))}"
+        raise RunError(f"verify-resume, {output.name}", what, "mend what `train` says first")
+
+
+def _kill(process: "subprocess.Popen[bytes]", output: Path, behind: int) -> int:
     """SIGKILL as soon as the run has logged a step; returns the last step that it logged."""
     while behind not in _lines(output):
         if process.poll() is not None:
-            said = process.stderr.read() if process.stderr else ""
-            raise RunError("verify-resume, cut", f"the run ended before it was killed: {_last(said)}", "try it again")
+            what = f"the run ended before it was killed: {_last(_said(output))}"
+            raise RunError("verify-resume, cut", what, "try it again")
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     return max(_lines(output))
 
 
@@ -120,6 +124,6 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(name in one and one[name] == other.get(name) for name in COMPARED)
 
 
-def _last(said: str) -> str:
-    lines = [line for line in said.strip().splitlines() if line.strip()]
+def _last(said: Path) -> str:
+    lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"

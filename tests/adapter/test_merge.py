@@ -1,6 +1,7 @@
 """Merged folders: read by plain transformers without PEFT or phinetune, they answer as adapter and base did."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,10 +12,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import draw_lora_B, relative_error, tiny_config
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phinetune import lora
-from phinetune.adapter import merge, merge_adapter, save_adapter
+from phinetune.adapter import load_tuned, merge, merge_adapter, recipe_of, save_adapter
+from phinetune.adapter.tuned import base_of
 from phinetune.errors import AdapterError
 from phinetune.model import adapt_model, load_model
 from phinetune.recipe import ModelKwargs, PeftConfig
@@ -221,3 +224,72 @@ def test_what_stands_in_the_way_is_said_and_nothing_is_left(tmp_path, tiny_llama
     with pytest.raises(Exception, match="no space"):
         merge_adapter(tmp_path / "adapter", tmp_path / "other", ModelKwargs())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
+def test_a_base_whose_configuration_names_no_dtype(tmp_path, phi3_folder, smollm2_tokenizer):
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(phi3_folder, dtype=torch.float32).save_pretrained(base)
+    smollm2_tokenizer.save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    del config["dtype"]
+    (base / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        weights = load_file(base / "model.safetensors")
+        save_file({n: t + 1e-4 * torch.randn_like(t) for n, t in weights.items()}, base / "model.safetensors",
+                  metadata={"format": "pt"})  # fmt: skip
+    tuned = adapter(tmp_path / "adapter", base)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs())
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
+    assert relative_error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(tuned)) < 1e-5
+
+
+def test_a_generation_config_that_transformers_would_not_save(tmp_path, phi3_folder, smollm2_tokenizer):
+    base = shutil.copytree(phi3_folder, tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    adapter(tmp_path / "adapter", base)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs())
+    found = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert (found["temperature"], found["top_p"], found["eos_token_id"]) == (0.9, 0.6, [1, 2])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_the_base_is_not_merged_over(tmp_path, phi3_folder):
+    base = shutil.copytree(phi3_folder, tmp_path / "base")
+    adapter(tmp_path / "adapter", base)
+    with pytest.raises(AdapterError, match="holds another model, which no merge wrote, so it is kept"):
+        merge_adapter(tmp_path / "adapter", base, ModelKwargs(), overwrite=True)
+    assert (base / "model.safetensors").read_bytes() == (phi3_folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("base_model_name_or_path", 5), ("base_model_name_or_path", ["a"]), ("revision", ["a"])]
+)
+def test_a_base_that_is_no_name(tmp_path, phi3_folder, name, value):
+    adapter(tmp_path / "adapter", phi3_folder)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(AdapterError, match="which are no names; save the adapter again"):
+        load_tuned(tmp_path / "adapter", ModelKwargs())
+
+
+def test_weights_that_are_not_finite_are_not_merged(tmp_path, phi3_folder):
+    adapter(tmp_path / "adapter", phi3_folder)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="isn't finite"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs())
+
+
+def test_a_revision_that_is_asked_for_is_taken(tmp_path, phi3_folder):
+    adapter(tmp_path / "adapter", phi3_folder)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "revision": "a" * 40}))
+    assert base_of(tmp_path / "adapter", ModelKwargs())[1].revision == "a" * 40
+    assert base_of(tmp_path / "adapter", ModelKwargs(revision="v2"))[1].revision == "v2"
+    (tmp_path / "adapter" / "recipe.yaml").write_text("model: a/b\ndata: {train: a}\nmodel_kwargs: {revision: main}\n")
+    kwargs = recipe_of(tmp_path / "adapter").model_kwargs
+    assert base_of(tmp_path / "adapter", kwargs)[1].revision == "a" * 40, "main may be another commit by now"

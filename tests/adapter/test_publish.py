@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import yaml
 from commands import phinetune as command
 
 import phinetune
+from phinetune.adapter import files_to_publish
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -42,7 +44,7 @@ class Hub(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_GET(self):
-        self.answer({"id": "me/orders", "siblings": [], "sha": "1"})
+        self.answer({"id": "me/orders", "siblings": [], "sha": "1", "private": self.server.is_private})
 
     def answer(self, found):
         body = json.dumps(found).encode()
@@ -59,7 +61,8 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.kept, server.url = {}, f"http://127.0.0.1:{server.server_port}"
+    server.kept, server.is_private = {}, True
+    server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -103,8 +106,10 @@ def test_what_makes_the_adapter_arrives_with_its_card(run, hub):
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_format.json", "chat_template.jinja",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    for name in files.keys() - {"README.md"}:
+    for name in files.keys() - {"README.md", "adapter_config.json"}:
         assert files[name] == (run / name).read_bytes()
+    pushed, here = json.loads(files["adapter_config.json"]), json.loads((run / "adapter_config.json").read_text())
+    assert pushed == {**here, "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": None}
     assert not (run / "README.md").exists(), "the folder stays as it was"
     assert hub.kept["validated"] == files["README.md"].decode()
     _, head, card = files["README.md"].decode().split("---\n", 2)
@@ -142,5 +147,48 @@ def test_what_is_missing_is_said(run, hub, tmp_path):
     assert (without.returncode, "without an access token; set HF_TOKEN" in without.stderr) == (2, True)
     offline = fresh("push", run, "me/orders", env={"HF_TOKEN": "hf_ours", "HF_HUB_OFFLINE": "1"})
     assert (offline.returncode, "the Hugging Face Hub does not answer" in offline.stderr) == (1, True)
+    unreachable = fresh(
+        "push",
+        run,
+        "me/orders",
+        env=online(hub, HTTPS_PROXY="http://127.0.0.1:9", HF_ENDPOINT="https://huggingface.co"),
+    )
+    assert unreachable.returncode == 1
+    assert "error: repository me/orders: " in unreachable.stderr
+    assert "Traceback" not in unreachable.stderr
     assert "is no name on the Hub" in command("push", run, "orders", "--dry-run").stderr
     assert "neither an adapter nor a merged model" in command("push", tmp_path, "me/orders", "--dry-run").stderr
+
+
+def test_what_is_to_be_private_does_not_go_where_anybody_reads(run, hub):
+    hub.is_private = False  # a repository that was there before
+    pushed = fresh("push", run, "me/orders", "--private", env=online(hub))
+    assert pushed.returncode == 2
+    assert "is there already, and anybody can read it" in pushed.stderr
+    assert "files" not in hub.kept
+
+
+def test_where_a_base_lies_is_nobodys_business(run, tmp_path):
+    local = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((local / "adapter_config.json").read_text())
+    for base, public in ((str(tmp_path / "acme"), "acme"), ("owner/name", "owner/name")):
+        (tmp_path / "acme").mkdir(exist_ok=True)
+        given = {**config, "base_model_name_or_path": base, "revision": None}
+        (local / "adapter_config.json").write_text(json.dumps(given))
+        pushed = json.loads(files_to_publish(local)["adapter_config.json"]) if base != public else given
+        assert pushed == {**given, "base_model_name_or_path": public}
+        assert str(tmp_path) not in json.dumps(pushed)
+
+
+def test_an_adapter_is_no_merged_model(run, tmp_path):
+    assert "is not a merged model" in command("push", run, "me/orders", "--merged", run, "--dry-run").stderr
+
+
+def test_a_pattern_in_the_cards_table(run, tmp_path):
+    tuned = shutil.copytree(run, tmp_path / "run")
+    about = json.loads((tuned / "run.json").read_text())
+    for setting in about["settings"]:
+        if setting["path"] == "peft_config.target_modules":
+            setting["value"], setting["origin"] = ".*(q|v)_proj", "recipe"
+    (tuned / "run.json").write_text(json.dumps(about))
+    assert r"| `peft_config.target_modules` | `.*(q\|v)_proj` |" in phinetune.model_card(tuned, "orders")

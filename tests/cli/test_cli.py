@@ -159,3 +159,39 @@ def test_init_proposes_a_model_for_the_machine(tmp_path, chats):
     written = phinetune("init", chats, "-o", tmp_path / "mine.yaml")
     assert written.returncode == 0, written.stderr
     assert "model: smollm2" in (tmp_path / "mine.yaml").read_text(), "the Hub is out of reach in tests"
+
+
+def test_held_out_files_are_read_whatever_became_of_the_training_rows(recipe, tmp_path, chats):
+    held = tmp_path / "held.jsonl"
+    lines = chats.read_text().splitlines(keepends=True)
+    held.write_text("".join(lines[:3]))
+    assert phinetune("train", recipe, f"data.eval={held}", "max_steps=1").returncode == 0
+    chats.write_text("".join(lines[10:]))
+    measured = phinetune("evaluate", tmp_path / "run", "--no-answers", "--json")
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads(measured.stdout)["eval_rows"] == 3
+
+
+@pytest.mark.parametrize("ledger", [None, "{", "[]"])
+def test_a_run_whose_ledger_is_gone(recipe, tmp_path, ledger):
+    assert phinetune("train", recipe, "data.eval=0.1", "max_steps=1").returncode == 0
+    path = tmp_path / "run" / "ledger.json"
+    path.unlink() if ledger is None else path.write_text(ledger)
+    measured = phinetune("evaluate", tmp_path / "run", "--no-answers")
+    assert measured.returncode == 2
+    assert "what was held out then is not known; give held-out rows with --data" in measured.stderr
+    assert "Traceback" not in measured.stderr
+
+
+def test_words_with_odd_line_ends_come_into_the_report(recipe, tmp_path):
+    odd = "one\u2028two\u2029three\u0085four"
+    rows = [
+        {"messages": [{"role": "user", "content": f"{odd} {i}"}, {"role": "assistant", "content": odd}]}
+        for i in range(4)
+    ]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    settings = [f"data.eval={tmp_path / 'odd.jsonl'}", "max_steps=1", "evaluation.metrics=[exact_match]"]
+    ended = phinetune("train", recipe, *settings, "evaluation.max_new_tokens=2")
+    assert ended.returncode == 0, ended.stderr
+    assert "there is no report" not in ended.stderr
+    assert "one\u2028two" in (tmp_path / "run" / "report.html").read_text()

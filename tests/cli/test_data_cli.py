@@ -118,3 +118,15 @@ def test_another_template_is_refused_unless_told(tmp_path, chats, tiny_llama_fol
         assert ran.returncode == 2, ran.stdout
         assert "was tuned with another chat template than the tokenizer at hand has" in ran.stderr
     assert phinetune("evaluate", run, "--no-answers", "--data", chats, "--allow-template-mismatch").returncode == 0
+
+
+def test_preview_shows_words_as_they_are(tmp_path):
+    said = "x = [i for i in y] [/INST] [b]bold[/b] :warning: list[int]"
+    path = tmp_path / "chats.jsonl"
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": said}]})
+    )
+    shown = phinetune("data", "preview", path)
+    assert shown.returncode == 0, shown.stderr
+    assert f"user\n{said}<|im_end|>" in shown.stdout
+    assert f"⟦{said}<|im_end|>⟧" in shown.stdout

@@ -8,7 +8,8 @@ import json
 import pytest
 from conftest import SHARED_DATA
 
-from phinetune.data import Rejected, Row, read_rows, to_row
+from phinetune.data import Rejected, Row, read_rows, readers, to_row
+from phinetune.data.sources import open_sources
 from phinetune.errors import DataError
 from phinetune.recipe import DataSource
 
@@ -69,6 +70,115 @@ def test_recognised_by_its_columns(format, record, messages):
 def test_plain_text():
     row = to_row({"text": "Once upon a time."}, "here:1")
     assert (row.format, row.text, row.messages) == ("text", "Once upon a time.", [])
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "asked", "format"),
+    [
+        (
+            {"instruction": "Sum up.", "context": "A text.", "response": "B", "category": "x"},
+            None,
+            "Sum up.\nA text.",
+            "alpaca",
+        ),
+        ({"question": "How many?", "context": "CREATE TABLE", "answer": "B"}, None, "How many?\nCREATE TABLE", "pairs"),
+        (
+            {"q": "How many?", "c": "In it.", "a": "B"},
+            {"user": "q", "assistant": "a", "input": "c"},
+            "How many?\nIn it.",
+            "pairs",
+        ),
+        ({"input": "How many?", "output": "B"}, None, "How many?", "pairs"),
+        ({"instruction": "Hi", "output": "B", "history": ""}, None, "Hi", "alpaca"),
+        ({"instruction": "Hi", "output": "B", "history": "[]"}, None, "Hi", "alpaca"),
+        # what the recipe names decides
+        (
+            {"messages": [USER, SAID], "q": "Hi", "a": "B"},
+            {"prompt": "q", "completion": "a"},
+            "Hi",
+            "prompt_completion",
+        ),
+        ({"messages": [USER, SAID], "q": "Hi", "a": "B"}, {"user": "q", "assistant": "a"}, "Hi", "pairs"),
+    ],
+)
+def test_what_is_asked(record, columns, asked, format):
+    row = to_row(record, "here:1", columns=columns)
+    assert row.messages == [{"role": "user", "content": asked}, {"role": "assistant", "content": "B"}]
+    assert row.format == format
+
+
+def test_named_columns_decide_and_must_be_of_use():
+    assert to_row({"question": "a", "answer": "b", "body": "T"}, "here:1", columns={"text": "body"}).text == "T"
+    typo = to_row({"text": "T", "q": "a", "a": "b"}, "here:1", columns={"usr": "q", "assistant": "a"})
+    assert typo.reason == "is read as text, which knows no column assistant (data.columns names it)"
+
+
+def test_a_bad_completion_is_not_imitated():
+    row = {"prompt": "Hi", "completion": "Go away.", "label": False}
+    assert "is marked as a bad completion" in to_row(row, "here:1").reason
+    assert to_row({**row, "label": True}, "here:1").messages[1]["content"] == "Go away."
+
+
+def test_no_calls_are_no_calls():
+    row = to_row({"messages": [USER, {**SAID, "tool_calls": []}]}, "here:1")
+    assert row.messages == [USER, SAID]
+
+
+def test_a_fault_stays_with_its_row(tmp_path):
+    good = json.dumps({"messages": [USER, SAID]})
+    bad = good[:-1] + ', "score": NaN}'
+    twice = good[:-1] + ', "a": 1, "a": 2}'
+    path = tmp_path / "held.json"
+    path.write_text(f'{{"version": 1, "data": [{good}, {bad}, {twice}, {good}]}}')
+    rows = list(read_rows(str(path)))
+    assert [type(row) for row in rows] == [Row, Rejected, Rejected, Row]
+    assert [row.where for row in rows] == [f"{path}:{number}" for number in (1, 2, 3, 4)]
+    assert "NaN" in rows[1].reason
+    assert "has the key 'a' twice" in rows[2].reason
+
+
+def test_a_csv_line_without_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nHi,Hello\nHi," + "x" * 2000)
+    with pytest.raises(DataError, match=r"rows\.csv:3: has a line of more than"):
+        list(read_rows(str(path)))
+
+
+def test_large_rows_go_in_small_chunks(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\n" + f"Hi,{'x' * 400_000}\n" * 10)
+    with open_sources(str(path)) as files:
+        sizes = [len(chunk.records) for chunk in readers.chunks(files[0], 0)]
+    assert sizes == [3, 3, 3, 1]
+
+
+def test_all_files_of_a_folder(tmp_path):
+    folder, other = tmp_path / "chats", tmp_path / "elsewhere"
+    for path in (folder / "a.jsonl", other / "b.jsonl", folder / "_hidden.jsonl", folder / ".old" / "c.jsonl"):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(json.dumps({"messages": [USER, SAID]}) + "\n")
+    (folder / "linked").symlink_to(other)
+    (folder / "linked" / "round").symlink_to(folder)
+    assert [row.where for row in read_rows(str(folder))] == [f"{folder}/a.jsonl:1", f"{folder}/linked/b.jsonl:1"]
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.jsonl: can't be read"):
+        list(read_rows(str(folder)))
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x.jsonl", "x" * 300 + ".jsonl"])
+def test_paths_that_cannot_be_looked_at(path):
+    with pytest.raises(DataError, match="can't be looked at"):
+        list(read_rows(path))
+
+
+def test_nothing_is_no_number(tmp_path):
+    """As pandas writes what isn't there."""
+    rows = [{"question": "Hi", "answer": "Hello.", "score": float("nan"), "system": float("nan")}]
+    with open_sources("Python", rows) as files:
+        (chunk,) = readers.chunks(files[0], 0)
+        ((_, row),) = readers.rows(chunk, files[0])
+    assert row.messages == [USER, SAID]
 
 
 def test_columns_that_the_recipe_names():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from phinetune.data import Renderer, Row
+from phinetune.data import Renderer, Row, to_row
 
 # What templates trim is trimmed here too. SmolLM2's vocabulary lacks some control characters, and bytes of
 # characters that don't exist yet: `test_characters_that_the_tokenizer_can_not_write`.
@@ -116,3 +116,33 @@ def test_a_messages_flag_is_stronger(smollm2_tokenizer, supervise):
         "all": smollm2_tokenizer.decode(example.ids).split("Six"),
     }
     assert learnt == expected[supervise]
+
+
+PROMPT = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}]
+COMPLETION = [
+    {"role": "user", "content": "Three"},
+    {"role": "assistant", "content": "Four"},
+    {"role": "user", "content": "Five"},
+    {"role": "assistant", "content": "Six"},
+]
+
+
+@pytest.mark.parametrize(
+    ("supervise", "of_completion", "of_chat"),
+    [
+        ("assistant", ["Four", "Six"], ["Two", "Four", "Six"]),
+        ("completion", ["Four", "Six"], ["all"]),
+        ("last", ["Six"], ["Six"]),
+        ("all", ["all"], ["all"]),
+    ],
+)
+def test_what_is_learnt_of_a_prompt_and_its_completion(smollm2_tokenizer, supervise, of_completion, of_chat):
+    renderer = Renderer.of(smollm2_tokenizer, supervise=supervise)
+    for record, expected in (
+        ({"prompt": PROMPT, "completion": COMPLETION}, of_completion),
+        ({"messages": PROMPT + COMPLETION}, of_chat),
+    ):
+        (example,) = renderer.render(to_row(record, "here:1")).examples
+        whole = smollm2_tokenizer.decode(example.ids)
+        learnt = [smollm2_tokenizer.decode(run) for run in runs(example)]
+        assert learnt == ([whole] if expected == ["all"] else [f"{words}<|im_end|>" for words in expected])

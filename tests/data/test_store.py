@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import math
+import os
+import time
 
 import numpy as np
 import pytest
 
-from phinetune.data import Plan, deal, prepare
+from phinetune.data import Plan, deal, prepare, readers
 from phinetune.data import tokenise as room
 from phinetune.errors import DataError
 from phinetune.recipe import DataConfig, DataSource, TrainingConfig
@@ -159,3 +162,50 @@ def test_a_steps_rows_are_dealt_evenly():
     assert best <= most <= 4 / 3 * best
     assert deal(lengths, 3) == shares
     assert deal([5], 2) == [[0], []]
+
+
+@pytest.mark.parametrize("gone", ["manifest.json", "rows.jsonl", "rejected.jsonl", "ids.bin", "rows.npz"])
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_a_damaged_cache_is_made_again(tmp_path, cache, smollm2_tokenizer, gone, how):
+    source = write(tmp_path / "a.jsonl", 5)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    config = DataConfig(train=source, max_rejected=1)
+    before = prepare(config, smollm2_tokenizer, 0)
+    path = before.train.store.folder / gone
+    if how == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    again = prepare(config, smollm2_tokenizer, 0)
+    assert again.fingerprint == before.fingerprint
+    assert again.train_rows[4].messages[0]["content"] == "What is 4?"
+    assert [r.where for r in again.rejected()] == [f"{source}:6"]
+
+
+def test_what_is_not_the_caches_is_never_removed(tmp_path, cache, smollm2_tokenizer):
+    old = time.time() - 100 * 86400
+    mine, theirs, half = cache / "my corpus", cache / ("a" * 32), cache / ".tmp-abc"
+    for folder in (mine, theirs, half):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x")
+        os.utime(folder, (old, old))
+    prepare(DataConfig(train=write(tmp_path / "a.jsonl", 5)), smollm2_tokenizer, 0)
+    assert (mine / "file").read_text() == "x"
+    assert not theirs.exists()
+    assert not half.exists()
+
+
+def test_the_fingerprint_is_of_the_tokens_not_of_how_they_are_read(tmp_path, cache, smollm2_tokenizer, monkeypatch):
+    source = write(tmp_path / "a.jsonl", 3000)
+    one = prepare(DataConfig(train=source, num_proc=1), smollm2_tokenizer, 0)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 10_000)
+    other = prepare(DataConfig(train=source, num_proc=1, max_length=2047), smollm2_tokenizer, 0)
+    assert one.train.store.folder != other.train.store.folder
+    assert one.fingerprint == other.fingerprint
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (1.3, 13), (1.6, 16), (0.5, 5), (2, 20), (1.11, 12)])
+def test_parts_of_an_epoch_are_transformers_own(epochs, steps):
+    config = TrainingConfig(num_train_epochs=epochs, per_device_train_batch_size=4)
+    assert len(Plan([10] * 40, 0, config, 512)) == steps == math.ceil(round(epochs * 10, 9))

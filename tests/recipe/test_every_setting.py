@@ -778,6 +778,7 @@ CASES = [
         Case("excess_length_strategy", "split", lengths, (FIT, sorted([18, 25] * 4 + FIT)), LONG),
         Case("excess_length_strategy", "raise", error, ("", Part("has 32 tokens, above data.max_length=30")), LONG),
         Case("supervise", "last", lambda run: learnt(run)[0].count("One"), (1, 0), file("turns")),
+        Case("supervise", "completion", lambda run: learnt(run)[0] == first_row(run), (False, True), file("turns")),
         Case(
             "supervise", "all", lambda run: learnt(run)[0] == first_row(run), (False, True), file("thoughts", **PLAINLY)
         ),

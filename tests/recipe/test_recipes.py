@@ -118,6 +118,20 @@ def test_harmless_values_of_unsupported_names_pass():
     assert recipe.data.supervise == "assistant"
 
 
+@pytest.mark.parametrize(
+    ("assistant", "completion", "supervise"),
+    [
+        (True, None, "assistant"), (False, None, "completion"), (None, True, "completion"), (None, False, "all"),
+        (True, True, "assistant"), (False, True, "completion"), (False, False, "all"), (None, None, "assistant"),
+    ],
+)  # fmt: skip
+def test_trls_flags_for_what_is_learnt(assistant, completion, supervise):
+    flags = {"assistant_only_loss": assistant, "completion_only_loss": completion}
+    given = {name: value for name, value in flags.items() if value is not None}
+    recipe, _ = make_recipe({**MINIMAL, "training_config": given})
+    assert recipe.data.supervise == supervise
+
+
 def test_a_number_that_yaml_reads_as_text(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
