@@ -37,8 +37,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except UsageError as error:
-        where = error.ctx.command_path if error.ctx else "phinetune"
-        print(f"error: {where}: {error.format_message()}; see `{where} --help`", file=sys.stderr)
+        where, what = error.ctx.command_path if error.ctx else "phinetune", error.format_message()
+        if what:  # else a verb without its own has shown its help
+            print(f"error: {where}: {what}; see `{where} --help`", file=sys.stderr)
         code = 2
     except (typer.Abort, KeyboardInterrupt):
         print("stopped by SIGINT", file=sys.stderr)

@@ -255,7 +255,7 @@ def _from_pretrained(load: Callable[..., T], model: str, source: _Source, **opti
         if source.is_hub and source.options["local_files_only"] and isinstance(error, OSError):
             raise ModelError(
                 where,
-                "is not in the local cache, and the Hugging Face Hub does not answer",
+                "is no folder here, is not in the local cache, and the Hugging Face Hub does not answer",
                 "connect, or give a local folder, a .gguf file, or smollm2 (the embedded model)",
             ) from error
         reason = " ".join(str(error).split())

@@ -171,7 +171,6 @@ def test_files_that_are_no_runs_are_refused(folder, tmp_path, content):
         write_report(spoilt)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -191,6 +190,7 @@ def test_files_of_another_form_are_an_error(folder, tmp_path, name, content):
         write_report(run)
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_in_a_browser(folder, tmp_path):
     log = tmp_path / "net.json"
     command = [
