@@ -1,7 +1,8 @@
 """Rows that share a long beginning: our batches with it computed once, and without, on Phi-3's layers at full width.
 
-A prefix of 768 tokens and eight suffixes of 256, only these supervised.  In fp32 loss and gradients are compared, in
-bfloat16 the two take turns.
+A prefix of 768 tokens and eight suffixes of 256, only these supervised.  In fp32 loss and gradients are compared, with
+few layers; in bfloat16 the two take turns.  Head and last layer work for supervised tokens alone, shared or not: of a
+few layers they are a larger part than of a model's 32.
 """
 
 import os
@@ -65,7 +66,7 @@ def main() -> None:
     keep_freed_memory()
     examples = rows()
     unshared, shared = (lay_out(examples, MOST_TOKENS, None, least) for least in (0, 16))
-    model = model_of(job["layers"], torch.float32)
+    model = model_of(job["compared_layers"], torch.float32)
     (loss, expected), (own, found) = step(model, unshared), step(model, shared)
     differences = [((found[n] - g).norm() / g.norm()).item() for n, g in expected.items()]
     del model, expected, found

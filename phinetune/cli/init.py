@@ -49,16 +49,22 @@ evaluation:
 
 
 def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -> None:
-    from phinetune.data import Rejected, Row, read_rows, row_to_json
+    from phinetune.data import Rejected, read_rows, row_to_json
     from phinetune.hub import hub_answers
 
     if output.exists() and not overwrite:
         raise RecipeError(str(output), "is there already", "use --overwrite or another --output")
-    read = list(read_rows(str(data)))
-    rows = [row for row in read if isinstance(row, Row)]
-    rejected = [row for row in read if isinstance(row, Rejected)]
+    rows = messages = longest = rejected = 0
+    some_rejected: list[Rejected] = []
+    for row in read_rows(str(data)):
+        if isinstance(row, Rejected):
+            rejected, some_rejected = rejected + 1, [*some_rejected, row][:5]
+            continue
+        # Some 3 bytes a token is low for English and high for no script: the estimate errs towards longer rows.
+        rows, messages = rows + 1, messages + len(row.messages)
+        longest = max(longest, len(row_to_json(row)) // 3)
     if not rows:
-        first = rejected[0] if rejected else None
+        first = some_rejected[0] if some_rejected else None
         what = f"holds no usable chat ({first.where} {first.reason})" if first else "holds no rows"
         raise DataError(str(data), what, 'write one {"messages": [{"role": …, "content": …}]} a line')
 
@@ -66,14 +72,12 @@ def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -
     if model is None:
         model = PHI3 if machine_memory() >= ENOUGH_FOR_PHI3 and hub_answers() else "smollm2"
         note = "  # or microsoft/Phi-3-mini-4k-instruct, a local folder, a .gguf file" if model == "smollm2" else ""
-    # Some 3 bytes a token is low for English and high for none of the scripts: the estimate errs towards longer rows.
-    longest = max(len(row_to_json(row)) // 3 for row in rows)
-    share = len(rows) >= ROWS_FOR_A_SHARE
+    share = rows >= ROWS_FOR_A_SHARE
     text = TEMPLATE.format(
         data=_yaml(data),
         output=output,
-        rows=len(rows),
-        messages=sum(len(row.messages) for row in rows),
+        rows=rows,
+        messages=messages,
         longest=longest,
         model=_yaml(model),
         model_note=note,
@@ -83,12 +87,12 @@ def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -
         else "  # too few rows to hold some out",
         max_length=max(256, 1 << (longest - 1).bit_length()),
         output_dir=_yaml(f"runs/{data.stem}"),
-        epochs=3 if len(rows) < 5000 else 1,
-        batch=4 if len(rows) < 1000 else 8,
+        epochs=3 if rows < 5000 else 1,
+        batch=4 if rows < 1000 else 8,
     )
     output.write_text(text, encoding="utf-8")
-    print(f"{data}: {len(rows)} chats can be used, {len(rejected)} can't")
-    for row in rejected[:5]:
+    print(f"{data}: {rows} chats can be used, {rejected} can't")
+    for row in some_rejected:
         print(f"  left out {row.where}: {row.reason}")
     print(f"wrote {output} for {model}; next:  phinetune train {output}")
 

@@ -182,15 +182,20 @@ def revision_of(model: str, kwargs: ModelKwargs) -> str | None:
 
 def full_name(model: str) -> str:
     """A model's name that means the same from any folder: a local path whole, any other as it is."""
-    return str(Path(model).expanduser().absolute()) if Path(model).expanduser().exists() else model
+    return str(Path(model).expanduser().absolute()) if _lies_here(model) else model
 
 
 def hub_name(model: str) -> str | None:
     """What a model is called on the Hub; None for one that lies on this machine alone."""
     if model == smollm2.NAME:
         return smollm2.HUB_NAME
-    is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).expanduser().exists()
+    is_path = model.startswith((".", "/", "~")) or _lies_here(model)
     return model if model.count("/") == 1 and not is_path else None
+
+
+def _lies_here(model: str) -> bool:
+    """Whether a name is that of a folder or a .gguf file on this machine."""
+    return model != smollm2.NAME and (model.endswith(".gguf") or Path(model).expanduser().is_dir())
 
 
 def filed_dtype(model: str, kwargs: ModelKwargs) -> str:
