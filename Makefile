@@ -1,6 +1,7 @@
 # Each target does its own set-up from a bare clone with python3 and a package registry.
 #   make install PIP_ARGS='--index-url …'   passes options on to pip
 #   make install SYSTEM_TORCH=1             uses the torch that is there
+#   make install PYTHON=python3.12          where python3 is another
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -12,6 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "needs Python 3.11 to 3.13, which $(PYTHON) isn't: make install PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) .venv
 	grep -v '^torch=' constraints.txt > .venv/constraints.txt
 	$(if $(SYSTEM_TORCH),,grep '^torch=' constraints.txt >> .venv/constraints.txt && $(PIP) torch)
@@ -103,5 +106,6 @@ format: install
 build: install
 	$(BIN)/python -m build --wheel
 
+# All that make itself has made; runs/ holds yours.
 clean:
-	rm -rf .venv .venv-trl .venv-litgpt .venv-docs build dist runs
+	rm -rf .venv .venv-trl .venv-litgpt .venv-docs build dist

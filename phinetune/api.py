@@ -14,6 +14,7 @@ from phinetune.adapter import (
     publish,
     recipe_of,
 )
+from phinetune.data import is_table
 from phinetune.errors import RecipeError
 from phinetune.evaluate import dequantised_is_better
 from phinetune.model import load_model, load_tokenizer, pick_device, stop_ids
@@ -41,7 +42,8 @@ def finetune(
     Args:
         model: Hub id, local folder, .gguf file, or "smollm2".
         train: a path (file, folder, pattern, Hub id), a mapping with `path` and more, a list of these, or rows as
-            objects: a list, a `datasets.Dataset`, or any iterable. The first row is called `row:1`.
+            objects: a list, a `datasets.Dataset`, a frame of pandas' or polars', or any iterable. The first row is
+            called `row:1`.
         eval: held-out rows in the same forms, or a share of `train`.
         data: further settings of the recipe's data section, such as `{"max_length": 1024}`.
         training_config: a dictionary with the names of TrainingArguments, or such an object.
@@ -169,6 +171,7 @@ def push(
     """Puts a run's adapter, or its merged model, on the Hub with a model card. Returns its address.
 
     Args:
+        run: a run's output folder.
         repository: owner/name.
         merged: the folder that `merge` wrote, to push in place of the adapter.
         private: makes a repository that only you see.
@@ -189,10 +192,8 @@ def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:
         return str(source), None
     if isinstance(source, Mapping):
         return dict(source), None
-    if hasattr(source, "with_format") and hasattr(source, "num_rows"):  # a datasets.Dataset, read with its types
-        return f"{source.num_rows:,} {FROM_PYTHON}", source
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas.DataFrame
-        source = source.to_dict("records")
+    if is_table(source):
+        return f"{len(source):,} {FROM_PYTHON}", source
     rows = iter(source)
     first = next(rows, None)
     if isinstance(first, str | Path) or (isinstance(first, Mapping) and set(first) <= set(DataSource.model_fields)):

@@ -13,7 +13,7 @@ from phinetune.data import Renderer
 from phinetune.errors import RunError
 from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.kernels.linear import linear
-from phinetune.model import long_rope_boundary, position_table, stop_ids
+from phinetune.model import has_position_table, long_rope_boundary, stop_ids
 
 log = logging.getLogger(__name__)
 
@@ -47,38 +47,45 @@ def answers(
     stops = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
-    max_new_tokens = _room(model, max(map(len, prompts), default=0), max_new_tokens)
+    room = [_room(model, len(prompt), max_new_tokens) for prompt in prompts]
     boundary = long_rope_boundary(model.config)
     longer = sum(boundary is not None and len(prompt) + max_new_tokens > boundary for prompt in prompts)
     groups = [order[:longer], order[longer:]]  # what needs other factors is never answered together
     if sampling["repetition_penalty"] != 1 or sampling["no_repeat_ngram_size"]:  # padding would count as said before
         groups = [[*alike] for _, alike in itertools.groupby(order, key=lambda i: len(prompts[i]))]
-    settings = {**sampling, "max_new_tokens": max_new_tokens, "eos_token_id": stops, "pad_token_id": stops[0]}
+    if min(room, default=max_new_tokens) < max_new_tokens:  # each of these by itself
+        groups = [[i] for i in order if room[i] < max_new_tokens] + [
+            [i for i in group if room[i] == max_new_tokens] for group in groups
+        ]
+    settings = {**sampling, "eos_token_id": stops, "pad_token_id": stops[0]}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for chunk in [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]:
-            said = _in_memory(model, [prompts[i] for i in chunk], settings)
+            asked = {**settings, "max_new_tokens": min(room[i] for i in chunk)}
+            said = _in_memory(model, [prompts[i] for i in chunk], asked)
             for i, ids in zip(chunk, said, strict=True):
                 texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
             on_progress(len(chunk))
     return texts
 
 
-def _room(model: Any, longest: int, max_new_tokens: int) -> int:
-    """How many tokens may follow a prompt; says where a model goes on beyond what it was made for.
+def _room(model: Any, prompt: int, max_new_tokens: int) -> int:
+    """How many tokens may follow a prompt of so many; says where they are fewer, or the prompt is longer than the model
+    was made for.
 
     Raises:
         RunError: where it can't be given the prompt at all.
     """
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    if positions is None or longest + max_new_tokens <= positions:
+    if positions is None or prompt + max_new_tokens <= positions:
         return max_new_tokens
-    what = f"the model was made for {positions:,} positions, and a prompt has {longest:,} tokens"
-    if position_table(model) and longest >= positions:
+    what = f"the model was made for {positions:,} positions, and a prompt has {prompt:,} tokens"
+    if has_position_table(model) and prompt >= positions:
         raise RunError("answers", what, "give shorter ones")
-    if position_table(model):
-        return positions - longest
-    if longest >= positions:
+    if has_position_table(model):
+        log.warning(f"{what}: its answer ends after {positions - prompt:,}")
+        return positions - prompt
+    if prompt >= positions:
         log.warning(f"{what}: it answers badly where it never was")
     return max_new_tokens
 
@@ -210,7 +217,10 @@ class _Pieces:
             return
         for token in value.flatten().tolist():
             self._ids.append(token)
-            piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            try:
+                piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            except Exception:  # of bytes that are no text, which later ones change: the end has it right
+                continue
             self._shown += piece
             self._write(piece)
 

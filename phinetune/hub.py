@@ -1,11 +1,14 @@
 """Whether the Hugging Face Hub can be reached, known within seconds."""
 
+import functools
 import os
 import socket
 import threading
+import time
 from urllib.parse import urlsplit
 
 HUB_ANSWERS_WITHIN = 3.0  # seconds
+KNOWN_FOR = 60.0  # seconds
 
 
 def hub_answers() -> bool:
@@ -18,6 +21,11 @@ def hub_answers() -> bool:
         return True
     url = urlsplit(constants.ENDPOINT)
     address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    return _answers(address, int(time.monotonic() / KNOWN_FOR))
+
+
+@functools.lru_cache(maxsize=1)
+def _answers(address: tuple[str, int], minute: int) -> bool:
     answered = threading.Event()
 
     def knock() -> None:  # in a thread: a name server that is silent has no time limit of its own

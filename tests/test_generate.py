@@ -177,6 +177,11 @@ def test_beyond_what_a_model_was_made_for(smollm2_tokenizer, caplog):
     assert "was made for 64 positions, and a prompt has 120 tokens: it answers badly" in caplog.text
     learnt = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, vocab_size=49_152)).eval()
     learnt.generation_config.eos_token_id = None
-    assert len(answers(learnt, smollm2_tokenizer, [prompt], 16)) == 1
+    learnt.lm_head.weight.data.zero_()  # which says token 0 for ever
+    caplog.clear()
+    said = answers(learnt, smollm2_tokenizer, [prompt, prompt[:10], prompt[:20]], 16)
+    lengths = [len(smollm2_tokenizer.encode(text, add_special_tokens=False)) for text in said]
+    assert lengths == [0, 0, 0] or lengths[1:] == [16, 16]
+    assert "a prompt has 60 tokens: its answer ends after 4" in caplog.text
     with pytest.raises(RunError, match="was made for 64 positions, and a prompt has 120 tokens; give shorter ones"):
         answers(learnt, smollm2_tokenizer, [prompt + prompt], 4)

@@ -454,7 +454,7 @@ def bombs(traps: Traps) -> Iterator[Artefact]:
         plant = lambda f, name=name: (f / name).write_text(DEEP)  # noqa: E731
         planted = plant if name == "manifest.json" else proven(plant)
         yield Artefact(f"{name} of depth 100,000", "checkpoint", planted)
-    for name, content in (("counters", {"evil": 1}), ("step", "many"), ("identity", 5), ("best", [])):
+    for name, content in (("counters", {"evil": 1}), ("step", "many"), ("identity", 5), ("best", []), ("usage", [1])):
         plant = lambda f, name=name, content=content: change(f / "state.json", **{name: content})  # noqa: E731
         yield Artefact(f"state.json: {name} {content}", "checkpoint", proven(plant))
 

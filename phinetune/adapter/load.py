@@ -69,7 +69,7 @@ def load_adapter(
         faults.append("biases train with one adapter alone, and the model has another")
     if not layers:
         faults.append("it holds no LoRA tensor")
-    faults += [f"{name} isn't finite" for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    faults += [f"{name} isn't finite" for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise AdapterError(str(folder), "; ".join(faults[:3]) + more, "use the base model it was made for")

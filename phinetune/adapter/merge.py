@@ -94,8 +94,8 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     known = {path for pattern in MERGED for path in output.glob(pattern)}
     there = {path for path in output.rglob("*") if not path.is_dir()} if output.is_dir() else {output}
     foreign = sorted(there - known)
-    is_model = (output / CONFIG).is_file()
-    if foreign or not is_model or not all(map(_is_merged, output.glob("*.safetensors"))):
+    is_model, weights = (output / CONFIG).is_file(), [*output.glob("*.safetensors")]
+    if foreign or not is_model or not weights or not all(map(_is_merged, weights)):
         what = f"holds {foreign[0].name}" if foreign else f"holds {'another' if is_model else 'no'} model"
         raise AdapterError(str(output), f"{what}, which no merge wrote, so it is kept", "give another output folder")
 

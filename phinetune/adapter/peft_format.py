@@ -57,11 +57,11 @@ MAGNITUDE, BASE_WEIGHT, BASE_BIAS = ".lora_magnitude_vector", ".base_layer.weigh
 SUFFIXES = (*MATRICES[False], *MATRICES[True], MAGNITUDE, BASE_WEIGHT, BASE_BIAS)
 
 
-def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors of an adapter folder.
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of an adapter folder.
 
     Raises:
-        AdapterError: if a file is missing or damaged, or the adapter is of a kind that isn't supported.
+        AdapterError: if it is missing or damaged, or of a kind that isn't supported.
     """
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
@@ -75,6 +75,16 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]
     for name, harmless in UNSUPPORTED.items():
         if config.get(name) not in harmless:
             raise AdapterError(str(folder), f"{name}={config[name]!r} is not supported", "use PEFT for it")
+    return config
+
+
+def read_adapter(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of an adapter folder.
+
+    Raises:
+        AdapterError: if a file is missing or damaged, or the adapter is of a kind that isn't supported.
+    """
+    folder, config = Path(folder), read_adapter_config(folder)
     try:
         check_file(folder / TENSOR_FILE, folder)
         return config, load_file(folder / TENSOR_FILE)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phinetune.adapter.peft_format import CHAT_FORMAT_FILE, CONFIG_FILE, TENSOR_FILE, read_adapter
+from phinetune.adapter.peft_format import CHAT_FORMAT_FILE, CONFIG_FILE, TENSOR_FILE, read_adapter_config
 from phinetune.errors import InputError, PhinetuneError, RunError
 from phinetune.hub import hub_answers
 from phinetune.model import hub_name
@@ -38,7 +38,7 @@ def files_to_publish(folder: Path, merged: bool = False) -> dict[str, bytes | Pa
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     files: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in paths}
     if not merged:
-        config, _ = read_adapter(folder)
+        config = read_adapter_config(folder)
         files[CONFIG_FILE] = (json.dumps(_with_public_base(config), indent=2, sort_keys=True) + "\n").encode()
     return files
 

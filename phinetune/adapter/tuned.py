@@ -47,7 +47,8 @@ def base_of(folder: Path, kwargs: ModelKwargs, base: str | None = None) -> tuple
         AdapterError: if it names none, or one that is another by now.
     """
     config, _ = read_adapter(folder)
-    base, revision = base or config.get("base_model_name_or_path"), config.get("revision")
+    revision = config.get("revision") if base is None else None  # of the base that it names
+    base = base or config.get("base_model_name_or_path")
     if not isinstance(base or "", str) or not isinstance(revision or "", str):
         what = f"{CONFIG_FILE} names the base {base!r} in revision {revision!r}, which are no names"
         raise AdapterError(str(folder), what, "save the adapter again")

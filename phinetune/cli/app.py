@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 AnyTemplate = Annotated[
     bool, typer.Option("--allow-template-mismatch", help="Even with another chat template than it was tuned with.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty an output folder that isn't empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty an output folder that holds an earlier run.")]
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -
         if isinstance(row, Rejected):
             rejected, some_rejected = rejected + 1, [*some_rejected, row][:5]
             continue
-        # Some 3 bytes a token is low for English and high for no script: the estimate errs towards longer rows.
+        # Some 3 bytes a token is low for English, and high for scripts that a vocabulary spells byte by byte.
         rows, messages = rows + 1, messages + len(row.messages)
         longest = max(longest, len(row_to_json(row)) // 3)
     if not rows:

@@ -9,6 +9,7 @@ from phinetune.data.plan import Plan, deal
 from phinetune.data.prepare import Prepared, prepare
 from phinetune.data.readers import read_rows
 from phinetune.data.render import Example, Rendered, Renderer
+from phinetune.data.sources import is_table
 from phinetune.data.store import Examples, Rows, row_to_json
 from phinetune.data.template import CannotRender, ChatTemplate, writes_date
 
@@ -30,6 +31,7 @@ __all__ = [
     "chat_fingerprint",
     "deal",
     "flatten",
+    "is_table",
     "lay_out",
     "prepare",
     "read_rows",

@@ -41,14 +41,15 @@ PAIRS = (
 )
 PREFERENCE = ("chosen", "rejected")
 
-_BESIDE = {"system", "system_prompt", "tools"}
+BESIDE = ("input", "context")  # what a question is about
+_OF_ALL = {"system", "system_prompt", "tools"}
 # What is read of a row of each format; other columns are left alone.
 READ = {
-    "messages": {"messages", "functions", *_BESIDE},
-    "sharegpt": {"conversations", "conversation", *_BESIDE},
-    "alpaca": {"instruction", "input", "context", "output", "response", "history", *_BESIDE},
-    "prompt_completion": {"prompt", "completion", "label", *_BESIDE},
-    "pairs": {"input", "context", *(column for pair in PAIRS for column in pair), *_BESIDE},
+    "messages": {"messages", "functions", *_OF_ALL},
+    "sharegpt": {"conversations", "conversation", *_OF_ALL},
+    "alpaca": {"instruction", *BESIDE, "output", "response", "history", *_OF_ALL},
+    "prompt_completion": {"prompt", "completion", "label", *_OF_ALL},
+    "pairs": {*BESIDE, *(column for pair in PAIRS for column in pair), *_OF_ALL},
     "text": {"text"},
 }
 
@@ -68,6 +69,8 @@ class Row:
     text: str | None = None
     format: str = "messages"
     raw: Any = None
+    prompt: int = 0
+    """Messages at the beginning that are a prompt, of which nothing is learnt."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,15 @@ def to_row(record: Any, where: str, format: str = "auto", columns: Mapping[str, 
             given = _renamed(given, columns)
         if format == "auto":
             format = _recognise_named(given, columns) if columns else recognise(given)
-        if unread := (columns or {}).keys() - READ[format]:
-            raise _BadRow(f"is read as {format}, which knows no column {min(unread)} (data.columns names it)")
+        if unread := sorted((columns or {}).keys() - READ[format]):
+            raise _BadRow(f"is read as {format}, which knows no column {', '.join(unread)} (data.columns names it)")
+        if {"user", "assistant"} <= (columns or {}).keys():  # nothing else is asked
+            given = {name: value for name, value in given.items() if name not in BESIDE or name in columns}  # type: ignore[operator]
         messages, tools = READERS[format](given)
         if format == "text":
             return Row(where, text=messages, format=format, raw=record)
-        return Row(where, messages, tools, format=format, raw=record)
+        prompt = len(messages) - _completions(given) if format == "prompt_completion" else 0
+        return Row(where, messages, tools, format=format, raw=record, prompt=prompt)
     except _BadRow as reason:
         return Rejected(where, str(reason), record)
     except RecursionError:
@@ -154,7 +160,7 @@ def _sharegpt(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
 
 def _alpaca(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
     key = "output" if "output" in record else "response"
-    asked = _asked(record, "instruction", ("input", "context"))
+    asked = _asked(record, "instruction")
     history = _decoded(record.get("history", [])) or []
     if not isinstance(history, list):
         raise _BadRow(f"`history` is {kind_of(history)}, not a list of [question, answer]")
@@ -183,16 +189,25 @@ def _prompt_completion(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
     return _with_system(record, messages), _tools(record.get("tools"))
 
 
+def _completions(record: Mapping[str, Any]) -> int:
+    """How many messages a completion has."""
+    return len(record["completion"]) if isinstance(record["completion"], list) else 1
+
+
 def _pairs(record: Mapping[str, Any]) -> tuple[list[Message], Any]:
     user, assistant = next((pair for pair in PAIRS[::-1] if set(pair) <= set(record)), ("user", "assistant"))
-    beside = tuple(column for column in ("input", "context") if column != user)
-    messages = _exchange(_asked(record, user, beside), _text(_required(record, assistant), assistant))
+    messages = _exchange(_asked(record, user), _text(_required(record, assistant), assistant))
     return _with_system(record, messages), _tools(record.get("tools"))
 
 
-def _asked(record: Mapping[str, Any], column: str, beside: Sequence[str]) -> str:
+def _asked(record: Mapping[str, Any], column: str) -> str:
     """The question, and on lines of their own what it is about."""
-    parts = [_text(_required(record, column), column), *(_text(record.get(name, ""), name) for name in beside)]
+    beside = [name for name in BESIDE if name in record and name != column]
+    for name in beside:
+        if not isinstance(record[name], str):
+            mend = "data.columns: {user: …, assistant: …} leaves it out"
+            raise _BadRow(f"`{name}` is {kind_of(record[name])}, not text ({mend})")
+    parts = [_text(_required(record, column), column), *(_text(record[name], name) for name in beside)]
     return "\n".join(part for part in parts if part)
 
 
@@ -260,10 +275,10 @@ def _one_message(given: Any, calls: int) -> Message:
         message |= {"role": "assistant", "tool_calls": message["content"], "content": ""}
     if "function_call" in message:
         message["tool_calls"] = [message.pop("function_call")]
-    if message.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(message["tool_calls"], calls)
-    else:
-        message.pop("tool_calls", None)  # templates take an empty list for calls
+    given_calls = message.pop("tool_calls", None)
+    if given_calls or name == "function_call":
+        made = _tool_calls(given_calls, calls)
+        message |= {"tool_calls": made} if made else {}  # templates take an empty list for calls
     message["content"] = _content(message)
     flags = [_flag(key, message.pop(key)) for key in ("train", "weight") if key in message]
     if flags:

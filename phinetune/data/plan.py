@@ -32,7 +32,7 @@ class Plan(Sequence[list[int]]):
             before = self.ends[-1] if self.ends else 0
             steps = self._steps_of(len(self.ends))
             share = min(1.0, config.num_train_epochs - len(self.ends)) if config.max_steps <= 0 else 1.0
-            self.ends.append(before + math.ceil(round(steps * share, 6)))  # 1.1 - 1 is more than 0.1
+            self.ends.append(before + max(1, math.ceil(round(steps * share, 6))))  # 1.1 - 1 is more than 0.1
             if 0 < config.max_steps <= self.ends[-1]:
                 self.ends[-1] = config.max_steps
                 break

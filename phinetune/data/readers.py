@@ -65,10 +65,12 @@ def chunks(file: DataFile, number: int) -> Iterator[Chunk]:
 
 def _characters(value: Any) -> int:
     """About what a record takes."""
-    if isinstance(value, str):
-        return len(value)
-    held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return 8 + sum(map(_characters, held))
+    size, left = 0, [value.raw if isinstance(value, Rejected) else value]
+    while left:
+        held = left.pop()
+        size += len(held) if isinstance(held, str | bytes) else 8
+        left += held.values() if isinstance(held, dict) else held if isinstance(held, list | tuple) else ()
+    return size
 
 
 def records(chunk: Chunk, file: DataFile) -> Iterator[Record]:
@@ -133,11 +135,14 @@ class _Faulty(dict[str, Any]):
 
 
 def _fault_in(value: Any) -> str | None:
-    """The fault that `_Decoder` has noted in a part of what it decoded."""
-    if isinstance(value, _Faulty):
-        return value.fault
-    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next(filter(None, map(_fault_in, held)), None)
+    """A fault that `_Decoder` has noted in a part of what it decoded."""
+    left = [value]
+    while left:
+        held = left.pop()
+        if isinstance(held, _Faulty):
+            return held.fault
+        left += held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
+    return None
 
 
 class _Decoder(json.JSONDecoder):
@@ -234,9 +239,11 @@ def _json_object(text: "_Text", file: DataFile) -> Iterator[Record]:
     whole, lists = value.raw if isinstance(value, Rejected) else value, []
     if isinstance(whole, dict) and not ROW_COLUMNS & set(whole):
         lists = [held for held in whole.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
-    if len(lists) == 1 and not text.peek():
+    is_faulty = isinstance(value, Rejected)  # in one of its rows, or around them
+    is_holder = len(lists) == 1 and not isinstance(whole, _Faulty) and not text.peek()
+    if is_holder and not (is_faulty and _fault_in({n: held for n, held in whole.items() if held is not lists[0]})):
         for number, row in enumerate(lists[0], 1):
-            fault = _fault_in(row)
+            fault = _fault_in(row) if is_faulty else None
             yield number, Rejected(file.place(number), fault, row) if fault else row
         return
     yield line, value

@@ -200,11 +200,13 @@ class Renderer:
 
     def _supervised(self, row: Row) -> tuple[str, list[Message]]:
         """What is learnt of a row, and its messages; those of a prompt say themselves that they aren't learnt."""
-        if row.format != "prompt_completion" or self.config.supervise not in ("completion", "all"):
-            return self.config.supervise, row.messages
-        if self.config.supervise == "completion":
+        supervise = self.config.supervise
+        if supervise == "completion" and row.prompt:
             return "assistant", row.messages
-        return "all", [{name: value for name, value in m.items() if name != "train"} for m in row.messages]
+        if supervise != "all":
+            return supervise, row.messages
+        prompt = [{name: value for name, value in m.items() if name != "train"} for m in row.messages[: row.prompt]]
+        return supervise, [*prompt, *row.messages[row.prompt :]]
 
     def _renderings(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, supervise: str
@@ -257,9 +259,9 @@ class Renderer:
                 continue
             findings |= Finding.REWRITTEN
             learnt = _joined([span, *self._tail_span(up_to)])
-            words = self._words(messages[: i + 1], up_to, [(i, span)])
+            words = self._words(messages[: i + 1], up_to, [(i, span)], tools)
             own.append(Rendering(up_to, learnt, messages[: i + 1], [(i, span)], words, [], tools, supervise))
-        words = self._words(messages, text, turns)
+        words = self._words(messages, text, turns, tools)
         marked = self._marked(messages, words, text, tools)
         if own and not turns and not marked and supervise not in ("all", "completion"):
             return own, findings
@@ -276,7 +278,7 @@ class Renderer:
         message = messages[index]
         content = (message["content"] or "").strip()
         if index == 0:  # nothing asked for it, so there is no generation prompt: its own words begin it
-            start = text.find(content)
+            start = self._end_of_answer(text, message["content"] or "", 0) - len(content)
         else:
             prompt = self.template.render(messages[:index], tools, add_generation_prompt=True)
             if not text.startswith(prompt):
@@ -320,7 +322,13 @@ class Renderer:
     def _tail_span(self, text: str) -> list[Span]:
         return [(len(text) - len(self._tail), len(text))] if self._tail and text.endswith(self._tail) else []
 
-    def _words(self, messages: list[Message], text: str, turns: list[tuple[int, Span]]) -> list[tuple[int, Span]]:
+    def _words(
+        self,
+        messages: list[Message],
+        text: str,
+        turns: list[tuple[int, Span]],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[tuple[int, Span]]:
         """Where the words of each message stand that isn't one of `turns`.
 
         Raises:
@@ -336,6 +344,11 @@ class Renderer:
             content = (message["content"] or "").strip()
             if not content:
                 continue
+            if message["role"] == "assistant" and index and content in self._own_words:
+                prompt = self.template.render(messages[:index], tools, add_generation_prompt=True)
+                at = len(prompt) if text.startswith(prompt) else at
+                opening = self._opening if text.startswith(self._opening + content, at) else ""
+                at += len(opening)
             claimed = [*spans.values(), *(span for _, span in words)]
             place = self._find_free(text, content, at, claimed)
             if place is None:  # as some templates write a tool's answer
@@ -420,6 +433,15 @@ class Renderer:
                 leave = match.start()
         tail = shorter[leave:]
         return tail if longer.endswith(tail) else ""
+
+    @cached_property
+    def _own_words(self) -> str:
+        """What the template writes of its own around a question and its answer."""
+        try:
+            text = self.template.render(PROBE)
+        except CannotRender:
+            return ""
+        return text.replace(PROBE[0]["content"], "\0").replace(PROBE[1]["content"], "\0")
 
     @cached_property
     def _opening(self) -> str:

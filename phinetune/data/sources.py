@@ -173,10 +173,13 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        seen.add(os.path.realpath(where))
-        shown = [name for name in folders if not name.startswith((".", "_"))]
-        folders[:] = [name for name in shown if os.path.realpath(Path(where, name)) not in seen]
-        yield from (Path(where, name) for name in names if not name.startswith((".", "_")))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        if (real := os.path.realpath(where)) in seen:  # a link to where it was
+            folders.clear()
+            continue
+        seen.add(real)
+        paths = [Path(where, name) for name in names if not name.startswith((".", "_"))]
+        yield from (path for path in paths if path.is_file() or not path.exists())  # a link to nowhere is told
 
 
 def _kind_of(path: Path) -> tuple[str, str]:
@@ -263,8 +266,8 @@ def _stream_as_file(stream: Any, name: str, source: DataSource) -> Iterator[Data
 def _rows_as_file(rows: Iterable[Any]) -> Iterator[DataFile]:
     """Rows from Python as JSON Lines; what JSON can't hold is named row by row, never turned into text."""
     with tempfile.TemporaryDirectory(prefix="phinetune-") as folder:
-        if hasattr(rows, "with_format") and hasattr(rows, "num_rows"):  # a datasets.Dataset
-            yield DataFile(_table_of(rows, Path(folder)), "row", "arrow")
+        if is_table(rows):
+            yield DataFile(_written(rows, Path(folder)), "row", "arrow")
             return
         path = Path(folder) / "rows.jsonl"
         unreadable: dict[int, str] = {}
@@ -287,18 +290,33 @@ def _without_nan(row: Any) -> Any:
     return {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
 
 
-def _table_of(dataset: Any, folder: Path) -> Path:
-    """A `datasets.Dataset`'s rows as an Arrow file, with the types that tell its nulls and JSON from a row's own."""
-    from pyarrow import ipc
+def is_table(rows: Any) -> bool:
+    """Whether rows come as a table: a `datasets.Dataset` that reads its rows as they are, or a frame of pandas' or
+    polars'. Its types tell its nulls and JSON from a row's own."""
+    if hasattr(rows, "with_format") and hasattr(rows, "num_rows"):
+        return bool(rows.format["type"] != "custom")
+    return hasattr(rows, "columns") and (hasattr(rows, "to_arrow") or hasattr(rows, "iterrows"))
+
+
+def _written(rows: Any, folder: Path) -> Path:
+    """A table's rows as an Arrow file."""
+    import pyarrow as pa
 
     path = folder / "rows.arrow"
-    if not dataset.num_rows:
+    if not len(rows):
         raise DataError("rows from Python", "there are none", "give at least one chat")
-    tables = dataset.with_format("arrow").iter(1000)
-    first = next(tables)
-    with ipc.new_stream(path, first.schema) as file:
-        for table in itertools.chain([first], tables):
-            file.write_table(table.cast(first.schema))
+    try:
+        if hasattr(rows, "with_format"):
+            tables = rows.with_format("arrow", columns=rows.format["columns"]).iter(1000)
+        else:
+            tables = iter([rows.to_arrow() if hasattr(rows, "to_arrow") else pa.Table.from_pandas(rows)])
+        first = next(tables)
+        with pa.ipc.new_stream(path, first.schema) as file:
+            for table in itertools.chain([first], tables):
+                file.write_table(table.cast(first.schema))
+    except pa.ArrowException as error:
+        what = f"can't be read as a table ({' '.join(str(error).split())[:200]})"
+        raise DataError("rows from Python", what, "give a list of rows") from None
     return path
 
 

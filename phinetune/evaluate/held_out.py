@@ -20,7 +20,8 @@ def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None 
     """(examples, rows) of some data, or those that a run has held out.
 
     Raises:
-        DataError: if it has held out none, or its data isn't what it was.
+        DataError: if it has held out none, or a share of data that isn't what it was. A file of its own is measured as
+            it is now.
     """
     if data is not None:
         # Every row of the file is measured, the longest too, rendered as the run's own were.

@@ -89,6 +89,7 @@ def find_targets(
         kept = [part for part in wanted if not matches(_sibling(name, part), exclude_modules)]
         if kept or not parts:
             targets[name] = kept if named or kept != wanted else []
+    layers_to_transform = None if layers_to_transform == [] else layers_to_transform
     if layers_to_transform is not None or layers_pattern:
         targets = _in_layers(targets, layers_to_transform, layers_pattern)
     if not targets:

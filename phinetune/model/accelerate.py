@@ -30,6 +30,7 @@ from phinetune.kernels import Path, linear_cross_entropy_sum, separate
 from phinetune.lora.layer import is_wrapped
 from phinetune.model import attention, fast
 from phinetune.model.family import long_rope_boundary, takes_flat_batches
+from phinetune.model.in_place import InPlace
 from phinetune.model.projection import computing_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -79,24 +80,11 @@ class Line(NamedTuple):
     places: Tensor | None  # (T,) of the B·W places of the batch; None where none is padding
 
 
-class InPlace(nn.Module):
-    """What an object's class can be changed to.  It goes by the name of its base, by which others know a model: the
-    `architectures` of a config, PEFT's `base_model_class`, transformers' list of outputs to record."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        base = cls.__bases__[-1]
-        if len(cls.__bases__) == 2:
-            cls.__name__, cls.__qualname__, cls.__module__ = base.__name__, base.__qualname__, base.__module__
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (type(self).__bases__[-1],), self.__dict__
-
-
 class FlatBackbone(InPlace):
     """A decoder without its head."""
 
     config: Any
+    embed_tokens: Any
 
     def forward(
         self,
@@ -132,7 +120,7 @@ class FlatBackbone(InPlace):
             )
         assert input_ids is not None
         own = {"input_ids": line.ids, "position_ids": line.position_ids, "use_cache": False, "paths": line.paths}
-        output = super().forward(**own, **kwargs)
+        output = super().forward(**own, attention_mask=attention.unread_mask(line.ids), **kwargs)
         output.last_hidden_state = _put_back(output.last_hidden_state[0], line.places, input_ids.shape)
         return output
 
@@ -144,7 +132,17 @@ class FlatBackbone(InPlace):
 
         as_it_is = "paths" in kwargs or asked("output_hidden_states", False) or asked("output_attentions", False)
         plain = asked("return_dict", True) is not False and asked("is_causal", True) is not False
-        return bool(plain and not as_it_is and takes_flat_batches(self) and not torch.compiler.is_compiling())
+        as_it_is = as_it_is or torch.compiler.is_compiling() or self._is_told_of_rows()
+        return bool(plain and not as_it_is and takes_flat_batches(self))
+
+    def _is_told_of_rows(self) -> bool:
+        """Whether somebody's hooks go by a batch's rows: noise by the shape of embeddings (NEFTune), PEFT's adapters of
+        each row."""
+        of_embeddings = self.embed_tokens._forward_hooks.values()
+        if any("require_grad" not in getattr(hook, "__qualname__", "") for hook in of_embeddings):
+            return True
+        hooks = (hook for module in self.modules() for hook in module._forward_pre_hooks.values())
+        return any(getattr(hook, "func", hook).__module__.startswith("peft.") for hook in hooks)
 
 
 class LeanCausalLM(InPlace):
@@ -180,7 +178,8 @@ class LeanCausalLM(InPlace):
         }  # fmt: skip
         if labels is not None and _learns_from_padding(labels, attention_mask):
             kwargs["keep_padding"] = True
-        if labels is None or not skip_logits or logits_to_keep != 0 or not self._has_plain_loss(kwargs):
+        keeps_some = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
+        if labels is None or not skip_logits or keeps_some or not self._has_plain_loss(kwargs):
             return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         outputs = self.model(**inputs, **kwargs, return_dict=True)
         loss = _mean_loss(outputs.last_hidden_state, self.lm_head.weight, labels, kwargs.get("num_items_in_batch"))
@@ -318,9 +317,3 @@ class _Qwen2LM(LeanCausalLM, Qwen2ForCausalLM):
 ACCELERATED: dict[type[nn.Module], Any] = {
     cls.__bases__[-1]: cls for cls in (_Llama, _Mistral, _Phi3, _Qwen2, _LlamaLM, _MistralLM, _Phi3LM, _Qwen2LM)
 }
-
-
-def _empty(base: type[nn.Module]) -> nn.Module:
-    """An object of the subclass of a class, whose state is to be set: what copies and pickles begin with."""
-    subclass: type[nn.Module] = ACCELERATED[base]
-    return subclass.__new__(subclass)

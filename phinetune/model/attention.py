@@ -25,6 +25,12 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def unread_mask(ids: Tensor) -> Tensor:
+    """What goes for a mask where `paths` say who sees whom: transformers would make one of all tokens by all tokens,
+    but for one that is made."""
+    return ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+
+
 def _attention(
     module: Any,
     query: Tensor,

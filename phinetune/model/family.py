@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from phinetune.data import Example, FlatBatch, flatten, lay_out
 from phinetune.kernels import linear_cross_entropy, linear_cross_entropy_sum
 from phinetune.model.attention import NAME as PACKED
+from phinetune.model.attention import unread_mask
 
 # Families whose attention is plain causal (perhaps with a window) and whose head is one product: tests compare
 # flat batches with rows run one by one.  Any other causal LM gets a row at a time, and its own head.
@@ -32,8 +33,10 @@ def long_rope_boundary(config: Any) -> int | None:
 
 
 def flat_batches(model: Any, examples: Sequence[Example], max_tokens: int) -> list[FlatBatch]:
-    """The rows in flat batches as the model can take them: a row each where it can't take several."""
-    if not takes_flat_batches(model):
+    """The rows in flat batches as the model can take them: a row each where it can't take several, or where angles go
+    by the longest (dynamic RoPE)."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if not takes_flat_batches(model) or rope.get("rope_type") == "dynamic":
         return [flatten([example], rows=[row]) for row, example in enumerate(examples)]
     return lay_out(examples, max_tokens, long_rope_boundary(model.config))
 
@@ -64,7 +67,11 @@ def _before_head(model: Any, batch: FlatBatch) -> tuple[Tensor, Tensor | None]:
     if not takes_flat_batches(model):
         return model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.predict).logits[0], None
     hidden_TD = model.model(
-        input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False, paths=batch.paths
+        input_ids=batch.ids,
+        attention_mask=unread_mask(batch.ids),
+        position_ids=batch.position_ids,
+        use_cache=False,
+        paths=batch.paths,
     ).last_hidden_state[0]
     head, hidden_ND = model.lm_head, hidden_TD.index_select(0, batch.predict)
     if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
@@ -89,7 +96,7 @@ def fused_parts(config: Any) -> dict[str, dict[str, int]]:
     }
 
 
-def position_table(model: Any) -> bool:
+def has_position_table(model: Any) -> bool:
     """Whether positions are learnt, in a table that ends (GPT-2, OPT)."""
     positions, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]

@@ -12,16 +12,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
 from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
 from phinetune.lora.decoder import linear_add, norm_gated_mlp, norm_linears
 from phinetune.lora.functional import Projection, side_by_side
+from phinetune.model.in_place import InPlace
 from phinetune.model.projection import computing_dtype, projection_of
+
+MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
+NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
 
 
 class Parts(NamedTuple):
@@ -33,9 +38,10 @@ class Parts(NamedTuple):
     down: Projection
 
 
-class FastLayer(nn.Module):
+class FastLayer(InPlace):
     """What a decoder layer does with a flat batch; beside it in the classes below stands transformers' layer."""
 
+    windowed = False  # whether attention takes a window that the configuration names
     self_attn: Any
     mlp: Any
     input_layernorm: Any
@@ -86,7 +92,7 @@ class FastLayer(nn.Module):
             attention.config.num_key_value_heads,
             paths,
             attention.scaling,
-            getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+            getattr(attention.config if self.windowed else attention, "sliding_window", None),
             attention.head_dim,
         )
         x_TD = linear_add(attended_TN, x_TD, parts.o)
@@ -96,16 +102,20 @@ class FastLayer(nn.Module):
         """The layer's linear layers; None if one does more than a product and a low-rank update, or something trains
         that the fast path gives no gradient."""
         attention, mlp = self.self_attn, self.mlp
-        own = (attention, mlp, self.input_layernorm, self.post_attention_layernorm)
-        if not hasattr(attention, "config") or any(map(_is_watched, own)):  # somebody else's, or watched by them
+        norms = (self.input_layernorm, self.post_attention_layernorm)
+        activation = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+        own = (attention, mlp, activation, *norms)
+        # Somebody else's, or watched by them.
+        if type(mlp) not in MLPS or any(type(norm) not in NORMS for norm in norms) or any(map(_is_watched, own)):
+            return None
+        if not hasattr(attention, "config") or not isinstance(activation, nn.SiLU | SiLUActivation):
             return None
         config = attention.config
-        if config.hidden_act not in ("silu", "swish") or getattr(config, "attention_dropout", False):
+        if getattr(config, "attention_dropout", False):
             return None
         if self.training and getattr(config, "resid_pdrop", False):
             return None
-        norms = (self.input_layernorm.weight, self.post_attention_layernorm.weight)
-        if any(weight.requires_grad or weight.dtype != dtype for weight in norms):
+        if any(norm.weight.requires_grad or norm.weight.dtype != dtype for norm in norms):
             return None
         if hasattr(attention, "qkv_proj"):
             groups = ([attention.qkv_proj], [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj])
@@ -133,11 +143,11 @@ class FastLlamaDecoderLayer(FastLayer, LlamaDecoderLayer):
 
 
 class FastMistralDecoderLayer(FastLayer, MistralDecoderLayer):
-    pass
+    windowed = True
 
 
 class FastPhi3DecoderLayer(FastLayer, Phi3DecoderLayer):
-    pass
+    windowed = True
 
 
 class FastQwen2DecoderLayer(FastLayer, Qwen2DecoderLayer):

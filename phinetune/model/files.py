@@ -87,15 +87,14 @@ def _tensors(where: str, path: Path) -> int:
         raise ModelError(where, f"{path.name} is damaged ({error})", "get it again") from None
 
 
-def dtype_in_files(place: str, options: Mapping[str, Any]) -> Any:
+def dtype_in_files(place: str, options: Mapping[str, Any]) -> str | None:
     """The dtype of the first weight in a model's safetensors files; None where there are none."""
-    import torch
-
     folder = Path(place) if Path(place).is_dir() else _snapshot(place, **options)
     for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
         with safe_open(path, "pt") as file:
-            dtypes = (file.get_slice(name)[:1].dtype for name in file.keys())  # noqa: SIM118
-            return next((dtype for dtype in dtypes if dtype in (torch.float32, torch.float16, torch.bfloat16)), None)
+            names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+            dtypes = (names.get(file.get_slice(name).get_dtype()) for name in file.keys())  # noqa: SIM118
+            return next(filter(None, dtypes), None)
     return None
 
 
@@ -106,11 +105,15 @@ def commit_of(place: str, options: Mapping[str, Any]) -> str | None:
 
 
 def digest_of(place: str, options: Mapping[str, Any]) -> str:
-    """sha256 of what tells one model from another in a folder: its configuration, and of each file of weights the size
-    and pieces from beginning to end, which training changes all; the whole of Phi-3's would take half a minute."""
+    """sha256 of what tells one model from another: its configuration, and of each file of weights the size and pieces
+    from beginning to end, all of it up to 4 MB. What training changes is seen, a single tensor perhaps not; the whole
+    of Phi-3's would take half a minute."""
     folder = Path(place)
-    files = [folder / options["gguf_file"]] if "gguf_file" in options else sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256((folder / CONFIG).read_bytes() if (folder / CONFIG).exists() else b"")
+    if "gguf_file" in options:
+        files, config = [folder / options["gguf_file"]], b""
+    else:
+        files, config = sorted(folder.glob("*.safetensors")), (folder / CONFIG).read_bytes()
+    digest = hashlib.sha256(config)
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())

@@ -176,8 +176,7 @@ def revision_of(model: str, kwargs: ModelKwargs) -> str | None:
     no version."""
     if model == smollm2.NAME:
         return smollm2.GGUF_SHA256
-    source = _Source.of(model, kwargs)
-    return commit_of(source.place, source.options) or kwargs.revision if source.is_hub else None
+    return _Source.of(model, kwargs).options.get("revision")
 
 
 def full_name(model: str) -> str:
@@ -186,10 +185,10 @@ def full_name(model: str) -> str:
 
 
 def hub_name(model: str) -> str | None:
-    """What a model is called on the Hub; None for one that lies on this machine alone."""
+    """What the base that an adapter names (`full_name`) is called on the Hub; None for one that lies on a machine."""
     if model == smollm2.NAME:
         return smollm2.HUB_NAME
-    is_path = model.startswith((".", "/", "~")) or _lies_here(model)
+    is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf")
     return model if model.count("/") == 1 and not is_path else None
 
 
@@ -211,6 +210,11 @@ def version_of(model: str, kwargs: ModelKwargs) -> str:
     """`revision_of`, and of local files a digest of what is in them."""
     source = _Source.of(model, kwargs)
     return revision_of(model, kwargs) or digest_of(source.place, source.options)
+
+
+def is_on_hub(model: str) -> bool:
+    """Whether a name is a Hub id, of a model whose files may change under it."""
+    return model != smollm2.NAME and not _lies_here(model)
 
 
 def pick_device(use_cpu: bool) -> torch.device:
@@ -242,8 +246,10 @@ class _Source(NamedTuple):
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
             mend = "give a Hub id (owner/name), a local folder, a .gguf file or smollm2"
             raise ModelError(where, "no such folder", mend)
-        options = {"revision": kwargs.revision or "main", "cache_dir": kwargs.cache_dir, "token": kwargs.token}
-        return cls(model, {**options, "local_files_only": not hub_answers()}, is_hub=True)
+        options: dict[str, Any] = {"revision": kwargs.revision or "main", "local_files_only": not hub_answers()}
+        options |= {"cache_dir": kwargs.cache_dir, "token": kwargs.token}
+        # By its commit from here on: main may move while a run loads one file after the other.
+        return cls(model, {**options, "revision": commit_of(model, options) or options["revision"]}, is_hub=True)
 
     def local(self) -> "_Source":
         """The same, without a download."""

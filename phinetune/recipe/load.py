@@ -10,10 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from phinetune.errors import RecipeError
-from phinetune.recipe.names import SECTIONS, current_name, known_names, nearest, settle, unfold
+from phinetune.recipe.names import QUANTISING, SECTIONS, current_name, known_names, nearest, settle, unfold
 from phinetune.recipe.schema import ModelKwargs, Recipe
 
 LENGTHS = ("max_length", "max_seq_length")  # of rows, in SFTConfig objects
+NO_LIMIT = 1 << 20  # tokens, more than any row has
 FILLED_IN = ("greater_is_better",)  # by transformers, after what the metric is called
 FREE_SECTIONS = ("tokenizer_kwargs",)  # passed on as they are
 LARGEST = 1 << 20  # bytes of a recipe
@@ -98,7 +99,7 @@ def make_recipe(
                 raise RecipeError(where, what, "keep one")
     for what in ("save", "eval"):
         config = tree.get("training_config", {})
-        if f"{what}_steps" in config and f"{what}_strategy" not in config:
+        if config.get(f"{what}_steps") is not None and f"{what}_strategy" not in config:
             config[f"{what}_strategy"] = "steps"
             origins[f"training_config.{what}_strategy"] = f"derived from {what}_steps"
             words.append(f"training_config.{what}_strategy is steps, since {what}_steps is given")
@@ -123,6 +124,8 @@ def make_model_kwargs(given: Mapping[str, Any], over: ModelKwargs) -> ModelKwarg
         RecipeError: as `make_recipe`.
     """
     own = over.model_dump(exclude_unset=True)
+    if "quantization_config" in given:
+        own = {name: value for name, value in own.items() if not name.startswith(QUANTISING)}
     for name, value in given.items():
         own.pop(current_name("model_kwargs", name, value)[0].rpartition(".")[2], None)
     section: ModelKwargs = make_section("model_kwargs", {**own, **given}, "model_kwargs")
@@ -184,7 +187,8 @@ def _forget(given: dict[str, Any], path: str) -> None:
         if not isinstance(values, dict):
             continue
         for name in list(values):
-            if current_name(section, str(name), values[name])[0] == path:
+            is_spoken_for = path == "model_kwargs.quantization_config" and str(name).startswith(QUANTISING)
+            if is_spoken_for or current_name(section, str(name), values[name])[0] == path:
                 del values[name]
 
 
@@ -202,8 +206,21 @@ def _as_dict(section: str, value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {str(key): item for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _check_kind(section, value, where)
         return _from_config_object(section, value)
     raise RecipeError(f"{where}: {section}", f"is {value!r}, not a mapping", "write name: value lines below it")
+
+
+def _check_kind(section: str, config: Any, where: str) -> None:
+    """Raises RecipeError for a library's object for another trainer or method: most of what it asks for has no name
+    here."""
+    names = {base.__name__ for base in type(config).__mro__}
+    libraries = {base.__module__.partition(".")[0] for base in type(config).__mro__}
+    known = {"training_config": ("TrainingArguments", "SFTConfig"), "peft_config": ("LoraConfig",)}.get(section, ())
+    is_foreign = not libraries.isdisjoint(("peft", "transformers", "trl")) and names.isdisjoint(known)
+    if is_foreign or ("trl" in libraries and "SFTConfig" not in names):
+        what = f"is a {type(config).__name__}, which asks for another training"
+        raise RecipeError(f"{where}: {section}", what, f"give a {' or '.join(known)}")
 
 
 def _from_config_object(section: str, config: Any) -> dict[str, Any]:
@@ -221,7 +238,9 @@ def _from_config_object(section: str, config: Any) -> dict[str, Any]:
         value = getattr(config, field.name, None)
         value = getattr(value, "value", value)  # enums
         value = sorted(value) if isinstance(value, set) else value
-        if field.name in ours:
+        if field.name in LENGTHS and value is None and getattr(plain, field.name, None) is not None:
+            values[field.name] = NO_LIMIT
+        elif field.name in ours:
             if value is not None or type(None) in get_args(ours[field.name].annotation):
                 values[field.name] = value
         elif (field.name in LENGTHS or value != getattr(plain, field.name, None)) and value not in (None, "", [], {}):

@@ -27,6 +27,10 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _ratio(value: Any) -> Any:
+    return 1 - 1e-9 if value == 1 else value  # all of the run, where warmup_steps: 1 is one step
+
+
 def _adafactor(value: Any) -> str:
     return "adafactor" if value else "adamw_torch"
 
@@ -39,7 +43,7 @@ def _supervise(value: Any) -> str:
 MAPPED: dict[str, dict[str, tuple[str, Convert]]] = {
     "training_config": {
         "evaluation_strategy": ("training_config.eval_strategy", _same),
-        "warmup_ratio": ("training_config.warmup_steps", _same),
+        "warmup_ratio": ("training_config.warmup_steps", _ratio),
         "per_gpu_train_batch_size": ("training_config.per_device_train_batch_size", _same),
         "per_gpu_eval_batch_size": ("training_config.per_device_eval_batch_size", _same),
         "no_cuda": ("training_config.use_cpu", _same),
@@ -48,7 +52,7 @@ MAPPED: dict[str, dict[str, tuple[str, Convert]]] = {
         "max_seq_length": ("data.max_length", _same),
         "cutoff_len": ("data.max_length", _same),
         "assistant_only_loss": ("data.supervise", _supervise),
-        "completion_only_loss": ("data.supervise", lambda value: "completion" if value else "all"),
+        "completion_only_loss": ("data.supervise", {None: "assistant", True: "completion", False: "all"}.get),
         "activation_checkpointing": ("training_config.gradient_checkpointing", _same),
         "activation_checkpointing_kwargs": ("training_config.gradient_checkpointing_kwargs", _same),
         "dataset_num_proc": ("data.num_proc", _same),
@@ -153,7 +157,7 @@ NO_COUNTERPART: dict[str, dict[str, str]] = {
     },
     "peft_config": {
         **dict.fromkeys(
-            ["peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"]
+            ["auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "runtime_config"]
             + ["peft_version", "megatron_config", "megatron_core", "fan_in_fan_out"],
             "it is written into adapter_config.json by what was done",
         ),
@@ -182,7 +186,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "train_sampling_strategy": "is not supported: rows are shuffled, by data_seed",
         "dataloader_drop_last": "is not supported: the last step of an epoch takes the rows that are left",
     },
-    "peft_config": dict.fromkeys(
+    "peft_config": {"peft_type": "is not supported: adapters are LoRA's"}
+    | dict.fromkeys(
         ["lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "loftq_config", "eva_config"]
         + ["corda_config", "use_qalora", "qalora_group_size", "alora_invocation_tokens", "arrow_config"]
         + ["lora_ga_config", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"]
@@ -199,6 +204,8 @@ REFUSED: dict[str, dict[str, str]] = {
 # Values of refused names that ask for what happens anyway.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "loss_type": (None, "nll", "chunked_nll"),
+    "peft_type": (None, "LORA"),
+    "qalora_group_size": (16,),  # what it is without use_qalora
     "train_sampling_strategy": (None, "random", "group_by_length"),
     "bnb_4bit_quant_storage": ("uint8",),
     "num_beams": (1,),
@@ -215,6 +222,13 @@ BNB_DEFAULTS: dict[str, Any] = {
     "llm_int8_has_fp16_weight": False,
     "bnb_4bit_quant_storage": "uint8",
 }
+# What a BitsAndBytesConfig of 4 bits has where a mapping like one doesn't name it.
+BNB_4BIT_DEFAULTS: dict[str, Any] = {
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_compute_dtype": "float32",
+}
+QUANTISING = ("load_in_", "bnb_4bit_")  # what `quantization_config` speaks for
 _NOTHING_ASKED: tuple[Any, ...] = (None, False, [], {}, "")
 
 
@@ -225,6 +239,7 @@ def unfold(section: str, given: dict[str, Any]) -> dict[str, Any]:
     config = config.to_dict() if config is not None and hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping):
         return given
+    config = (BNB_4BIT_DEFAULTS if config.get("load_in_4bit") else {}) | dict(config)
     plain = BNB_DEFAULTS | {"quant_method": "bitsandbytes"}
     asked = {
         name: value for name, value in config.items() if not name.startswith("_") and plain.get(name, ...) != value
@@ -244,8 +259,11 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
     settled: dict[str, Any] = {}
     words: list[str] = []
     faults: list[str] = []
+    idle = _idle(section, given)
     for name, value in given.items():
         path = f"{section}.{name}"
+        if name in idle:
+            continue
         if _is_said_by_the_other(name, given):
             continue
         if name in SECTIONS[section].model_fields or name in MAPPED[section]:
@@ -269,12 +287,27 @@ def settle(section: str, given: dict[str, Any], where: str) -> tuple[dict[str, A
     return settled, words
 
 
+def _idle(section: str, given: dict[str, Any]) -> set[str]:
+    """Names that ask for nothing beside another name of the same setting, as every object of an older release has."""
+    names: dict[str, list[str]] = {}
+    for name, value in given.items():
+        owner, _, own = current_name(section, name, value)[0].partition(".")
+        if owner == section:
+            names.setdefault(own, []).append(name)
+    found: set[str] = set()
+    for own, alike in names.items():
+        idle = [name for name in alike if given[name] in (None, False, 0)]
+        if len(alike) > 1:
+            found |= {name for name in idle if len(idle) < len(alike) or name != own}
+    return found
+
+
 def _is_said_by_the_other(name: str, given: dict[str, Any]) -> bool:
-    """Of TRL's two flags for what is learnt, whether this one adds nothing: left to the rows, or weaker."""
+    """Of TRL's two flags for what is learnt, whether this one adds nothing: not given, or weaker."""
     assistant, completion = given.get("assistant_only_loss"), given.get("completion_only_loss")
     if name == "completion_only_loss":
-        return completion is None or bool(completion and assistant is not None)
-    return name == "assistant_only_loss" and assistant is False and completion is False
+        return completion is None or bool(assistant) or bool(completion and assistant is False)
+    return name == "assistant_only_loss" and (assistant is None or (assistant is False and completion is False))
 
 
 def current_name(section: str, name: str, value: Any) -> tuple[str, Any]:

@@ -180,8 +180,8 @@ class DataConfig(Section):
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The run ends before it starts when a larger share of the rows can't be used."""
     supervise: Literal["assistant", "last", "completion", "all"] = "assistant"
-    """Which tokens are learnt: all assistant turns, the last one, every token but a prompt's that has a completion, or
-    every token. A message's `train` is stronger."""
+    """Which tokens are learnt: all assistant turns; the last one; every token, but of a prompt with a completion the
+    completion's assistant turns; or every token. A message's `train` is stronger."""
     duplicates: Policy = "keep"
     """Rows that stand in the data before: kept and counted, left out, or an error."""
     held_out_in_train: Policy = "drop"
@@ -250,7 +250,7 @@ class TrainingConfig(Section):
     packing: bool = False
     """A step is a token budget (batch size × accumulation × data.max_length), not a number of rows."""
     gradient_checkpointing: bool = False
-    """Recomputes every layer's activations in the backward pass: less memory, a third more work."""
+    """Recomputes every layer's activations in the backward pass: less memory, half as much work again."""
     gradient_checkpointing_layers: NonNegativeInt | Literal["auto"] = "auto"
     """Recomputes the first layers alone, so many or, by `auto`, the fewest that `max_memory_gb` asks for."""
     max_memory_gb: Annotated[float, Field(gt=0)] | None = None
@@ -350,7 +350,7 @@ class PeftConfig(Section):
     """LoRA+: B's learning rate over A's."""
     loraplus_lr_embedding: Annotated[float, Field(gt=0)] = 1e-6
     """LoRA+: the learning rate of adapted embeddings."""
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    task_type: Annotated[Literal["CAUSAL_LM"], BeforeValidator(lambda value: value or "CAUSAL_LM")] = "CAUSAL_LM"
     """The task."""
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from phinetune.report.page import render
 from phinetune.report.run import naming_damage, read_run
+from phinetune.untrusted import read_json
 
 TOLD = ("model_kwargs", "training_config", "peft_config")
 PRIVATE = {"output_dir", "logging_dir", "cache_dir", "token", "run_name", "project"}
@@ -26,10 +27,16 @@ def model_card(run: str | Path, repository: str, merged: bool = False) -> str:
             "repository": repository,
             "merged": merged,
             "model": model,
-            "base": hub_name(model),
+            "base": hub_name(_base_of(Path(run)) or model),
             "changed": [setting for setting in found.about.get("settings", []) if _is_told(setting)],
         }
         return render("card.md.jinja", escaped=False, **values)
+
+
+def _base_of(run: Path) -> str | None:
+    """The base that a run's adapter names, which means the same from any folder."""
+    found = read_json(run / "adapter_config.json") if (run / "adapter_config.json").is_file() else {}
+    return found.get("base_model_name_or_path") if isinstance(found, dict) else None
 
 
 def _is_told(setting: dict[str, Any]) -> bool:

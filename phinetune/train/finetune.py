@@ -23,11 +23,12 @@ from phinetune.lora import lora_layers
 from phinetune.model import (
     adapt_model,
     full_name,
+    has_position_table,
+    is_on_hub,
     load_config,
     load_model,
     load_tokenizer,
     pick_device,
-    position_table,
     quantised_layers,
     resolve_dtype,
     revision_of,
@@ -126,55 +127,58 @@ def train(
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         what = f"asks for {os.environ['WORLD_SIZE']} processes, and a run is one"
         raise RecipeError("WORLD_SIZE", what, "start it without torchrun")
-    device = pick_device(config.use_cpu)
+    device, given_up = pick_device(config.use_cpu), overwrite or config.overwrite_output_dir
     usage = Usage(device)
-    with claimed(folder, bool(resume), overwrite or config.overwrite_output_dir), early_log(), listening() as signals:
-        keep_freed_memory()
-        threads = settle_threads()
-        native.prepare(device)
-        with usage, torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else ()):
-            tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
-            checkpoint = _checkpoint_to_resume(folder, resume)
+    with (
+        claimed(folder, bool(resume), given_up),
+        early_log(),
+        listening() as signals,
+        _settled(device) as threads,
+        usage,
+    ):
+        checkpoint = _checkpoint_to_resume(folder, resume)
+        if checkpoint is not None:
+            progress_of(checkpoint, config)
+        recipe = _with_revision(recipe, checkpoint)
+        tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
+        recipe = _with_today(recipe, tokenizer, checkpoint)
+        data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
+        check_trackers(recipe)
+        loop = make_loop(recipe, tokenizer, data, signals, checkpoint, usage=usage)
+        _check_room(loop)
+        signals.check()
+        with begun(folder, loop.recipe, data, tokenizer, not resume, checkpoint is not None) as when:
+            for word in words:
+                log.warning(word)
             if checkpoint is not None:
-                progress_of(checkpoint, config)
-            recipe = _with_today(recipe, tokenizer, checkpoint)
-            data = prepare(recipe.data, tokenizer, config.seed_of_rows, train_rows, eval_rows)
-            check_trackers(recipe)
-            loop = make_loop(recipe, tokenizer, data, signals, checkpoint, usage=usage)
-            _check_room(loop)
-            signals.check()
-            with begun(folder, loop.recipe, data, tokenizer, fresh=not resume) as when:
-                for word in words:
-                    log.warning(word)
-                if checkpoint is not None:
-                    loop.resume(checkpoint)
-                if rehearsal:
-                    rehearse(loop, tokenizer, data, checkpoint)
-                _announce(loop, data, threads)
-                is_evaluated = loop.best.evaluated_behind == loop.step
-                with MetricsWriter(loop.recipe, folder, when, loop.step, is_evaluated) as metrics:
-                    loop.run(metrics)
+                loop.resume(checkpoint)
+            if rehearsal:
+                rehearse(loop, tokenizer, data, checkpoint)
+            _announce(loop, data, threads)
+            is_evaluated = loop.best.evaluated_behind == loop.step
+            with MetricsWriter(loop.recipe, folder, when, loop.step, is_evaluated) as metrics:
+                loop.run(metrics)
 
-                    with signals.deferred():
-                        is_of_last_step = not loop.load_best()
-                        loop.save_adapter()
-                    with _ending_at_once(loop, is_of_last_step):
-                        comparison = _compare(loop, tokenizer, data) if data.eval else None
-                    if comparison is not None and is_of_last_step:
-                        with signals.deferred():
-                            loop.write_last_evaluation(metrics, comparison.tuned)
                 with signals.deferred():
-                    summary = {
-                        "model": recipe.model,
-                        "rows": data.ledgers["train"].used,
-                        "steps": loop.step,
-                        **usage.so_far(),
-                        **(comparison.summary() if comparison else {}),
-                    }
-                    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-                    _write_report(folder)
-                    seconds, gb = summary["seconds"], summary["peak_gb"]
-                    log.info(f"done: {loop.step} steps in {seconds:.0f} s, peak {gb:.2f} GB, {folder}")
+                    is_of_last_step = not loop.load_best()
+                    loop.save_adapter()
+                with _ending_at_once(loop, is_of_last_step):
+                    comparison = _compare(loop, tokenizer, data) if data.eval else None
+                if comparison is not None and is_of_last_step:
+                    with signals.deferred():
+                        loop.write_last_evaluation(metrics, comparison.tuned)
+            with signals.deferred():
+                summary = {
+                    "model": recipe.model,
+                    "rows": data.ledgers["train"].used,
+                    "steps": loop.step,
+                    **usage.so_far(),
+                    **(comparison.summary() if comparison else {}),
+                }
+                write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+                _write_report(folder)
+                seconds, gb = summary["seconds"], summary["peak_gb"]
+                log.info(f"done: {loop.step} steps in {seconds:.0f} s, peak {gb:.2f} GB, {folder}")
     return Result(folder, summary, comparison)
 
 
@@ -231,6 +235,21 @@ def make_loop(
 
 
 @contextmanager
+def _settled(device: torch.device) -> Iterator[str]:
+    """Allocator, threads and kernels as training wants them, and random numbers apart from the caller's; says which
+    threads compute."""
+    before = torch.get_num_threads()
+    keep_freed_memory()
+    threads = settle_threads()
+    native.prepare(device)
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else ()):
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def _ending_at_once(loop: Loop, is_of_last_step: bool) -> Iterator[None]:
     """A signal in this block, behind the last step, ends it, with a checkpoint from which it is done again: that of the
     last step, or of the best one, whose adapter is in the model then."""
@@ -263,9 +282,8 @@ def _check_evaluations(config: TrainingConfig, data: Prepared, schedule: Schedul
 
 def _check_room(loop: Loop) -> None:
     """Raises RunError unless the disk has room for every checkpoint that will be there at once, and the adapter."""
-    size, keeps_best = checkpoint_bytes(loop.model), loop.best.keeps
-    saves = loop.schedule.saves_behind(loop.step, keeps_best)
-    together = most_at_once(saves, loop.recipe.training_config.save_total_limit, keeps_best)
+    size, saves = checkpoint_bytes(loop.model), loop.schedule.saves_behind(loop.step, loop.best)
+    together = most_at_once(saves, loop.recipe.training_config.save_total_limit, loop.best.keeps)
     there = len(list_checkpoints(loop.folder))
     check_room(loop.folder, max(together - there, 1 if together else 0) * size + size // 4)
 
@@ -303,6 +321,15 @@ def _with_today(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Reci
     begun = read_state(checkpoint).get("identity", {}).get("data.today") if checkpoint else None
     today = begun or datetime.date.today().isoformat()
     return recipe.derived("data", "today", today, "the day the run began")
+
+
+def _with_revision(recipe: Recipe, checkpoint: Path | None) -> Recipe:
+    """The recipe with the version of a Hub's model that a checkpoint was made with, where it names none: a branch may
+    have moved since."""
+    if checkpoint is None or recipe.model_kwargs.revision is not None or not is_on_hub(recipe.model):
+        return recipe
+    commit = read_state(checkpoint).get("identity", {}).get("version of the model")
+    return recipe.derived("model_kwargs", "revision", commit, "the checkpoint") if isinstance(commit, str) else recipe
 
 
 def _checkpoint_to_resume(folder: Path, resume: bool | str | Path) -> Path | None:
@@ -345,7 +372,7 @@ def _check_tokens(recipe: Recipe, model: Any, tokenizer: Any, batch: Batch) -> N
     if positions is None or batch.longest <= positions:
         return
     what = f"{recipe.model} was made for {positions:,} positions, and the longest row has {batch.longest:,} tokens"
-    if position_table(model):
+    if has_position_table(model):
         raise RecipeError("data.max_length", what, f"set data.max_length={positions}")
     log.warning(f"{what}: it answers badly where it never was; data.max_length={positions} leaves such rows out")
 

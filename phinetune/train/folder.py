@@ -45,22 +45,36 @@ def claimed(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     if folder.is_file():
         raise RecipeError(where, "is a file", "give a folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with _locked(folder, where):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however that ends
+            _check_content(folder, where, resume, overwrite)
+            yield
+        finally:
+            with suppress(OSError):  # something has come into it
+                for path in made:
+                    path.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, where: str) -> Iterator[None]:
+    """A lock ends with the process that holds it, however that ends."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(descriptor)
             raise RecipeError(where, "another run goes on in it", "wait for it, or give another output_dir") from None
-        except OSError:  # a file system without locks
-            pass
-        _check_content(folder, where, resume, overwrite)
+        except OSError as error:
+            log.warning(f"{where} can't be locked ({error.strerror}): let no other run write into it")
+        if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+            break
+        os.close(descriptor)  # of a folder that another run has just removed
+    try:
         yield
     finally:
         os.close(descriptor)
-        with suppress(OSError):  # something has come into it
-            for path in made:
-                path.rmdir()
 
 
 def _check_content(folder: Path, where: str, resume: bool, overwrite: bool) -> None:
@@ -79,11 +93,16 @@ def _check_content(folder: Path, where: str, resume: bool, overwrite: bool) -> N
 
 
 @contextmanager
-def begun(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool) -> Iterator[str]:
-    """The folder with what is known before training in it, and the log open; says when the run began."""
+def begun(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: bool, goes_on: bool) -> Iterator[str]:
+    """The folder with what is known before training in it, and the log open; says when the run began.
+
+    Args:
+        fresh: empties it of an earlier run.
+        goes_on: from a checkpoint, so that what an earlier life was made with counts.
+    """
     if fresh:
         _remove_run(folder)
-    about = _about(folder, recipe)
+    about = _about(folder, recipe, goes_on)
     with naming_full_disk(folder):
         # First, since a folder that has it is known as a run's, however early that was killed.
         write_text(folder / ABOUT, json.dumps(about, indent=2, default=lambda value: value.model_dump()) + "\n")
@@ -92,13 +111,13 @@ def begun(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: b
         tokenizer.save_pretrained(folder)
     with run_log(folder, recipe.training_config.log_level):
         for earlier in about["earlier"]:
-            unlike = [f"{name} {value}" for name, value in earlier.items() if value != _made_with(about).get(name)]
+            unlike = [f"{n} {which}" for n, which in earlier.items() if which and which != _made_with(about).get(n)]
             if unlike:
                 log.warning(f"earlier updates of this run were made with {', '.join(unlike)}, and rounded as it does")
         yield about["begun"]
 
 
-def _about(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def _about(folder: Path, recipe: Recipe, goes_on: bool) -> dict[str, Any]:
     """run.json: when a run began, what it is made with, what it was made with earlier, where its settings came from."""
     before = _read_about(folder)
     about = {
@@ -107,10 +126,10 @@ def _about(folder: Path, recipe: Recipe) -> dict[str, Any]:
         **machine.system(),
         "device": machine.device_name(pick_device(recipe.training_config.use_cpu)),
     }
-    earlier, last = before.get("earlier", []), _made_with(before)
+    earlier = [*before.get("earlier", []), _made_with(before)] if before and goes_on else []
     return {
         **about,
-        "earlier": [*earlier, last] if before and last != _made_with(about) else earlier,
+        "earlier": [life for number, life in enumerate(earlier) if life not in (_made_with(about), *earlier[:number])],
         "settings": [setting._asdict() for setting in explain(recipe)],
     }
 

@@ -123,15 +123,14 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     needs = lines.at(recomputed)
     if rate is not None:
         needs = _on_gpu(needs, rate, recomputed / layers)
-    keeps_best = Best.of(training).keeps
-    saves = Schedule.of(training, steps).saves_behind(0, keeps_best)
-    kept = most_at_once(saves, training.save_total_limit, keeps_best)
+    best = Best.of(training)
+    kept = most_at_once(Schedule.of(training, steps).saves_behind(0, best), training.save_total_limit, best.keeps)
     batch = largest_batch(data, recipe.data.max_batch_tokens)
     found = {
         "model": recipe.model,
         "device": device or pick_device(training.use_cpu).type,
         "share_of_gpu_rate": SHARE_ON_A_GPU if rate is not None else None,
-        "merges_for_answers": bool(recipe.evaluation.metrics),
+        "merges_for_answers": bool(recipe.evaluation.metrics) and not recipe.model_kwargs.load_in_8bit,
         "measured_with_layers": [lines.few, lines.more],
         "layers": layers,
         "recomputed_layers": recomputed,

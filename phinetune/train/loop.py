@@ -127,7 +127,7 @@ def progress_of(checkpoint: Path, config: TrainingConfig) -> Progress:
     state = read_state(checkpoint)
     try:
         counters, best = Counters(**state["counters"]), Best.of(config, **state["best"])
-        usage = {name: float(value) for name, value in state["usage"].items()}
+        usage = {name: float(state.get("usage", {}).get(name, 0.0)) for name in ("seconds", "peak_gb")}
         return Progress(int(state["step"]), counters, best, int(state["max_batch_tokens"]), usage)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"its state.json can't be used ({type(error).__name__}: {error})"

@@ -84,7 +84,7 @@ def memory_free(device: Any = None) -> int:
         if all(bound.isdigit() for bound in bounds):
             # What the container uses counts its page cache too, which would be given up.
             free.append(int(bounds[0]) - min(int(bounds[1]), memory_in_use()))
-    return min(free, default=1 << 62)
+    return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # off Linux what there is
 
 
 def _is_gpu(device: Any) -> bool:

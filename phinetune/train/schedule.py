@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from phinetune.data import Plan
 from phinetune.recipe import TrainingConfig
+from phinetune.train.best import Best
 from phinetune.train.optimiser import interval
 
 
@@ -27,10 +28,11 @@ class Schedule:
             save=frozenset() if config.save_strategy == "no" else save | last,
         )
 
-    def saves_behind(self, step: int, keeps_best: bool) -> int:
-        """How many checkpoints may be written behind that step; each evaluation can be the best so far."""
-        wanted = self.save | self.evaluate if keeps_best else self.save
-        return sum(due > step for due in wanted)
+    def saves_behind(self, step: int, best: Best) -> int:
+        """How many checkpoints may be written behind that step: each evaluation can be the best so far, and the last
+        where a run stops early."""
+        wanted = self.save | self.evaluate if best.keeps else self.save
+        return sum(due > step for due in wanted) + (bool(self.save) and best.patience is not None)
 
 
 def _due(strategy: str, every: float, steps: Plan) -> frozenset[int]:

@@ -8,8 +8,8 @@ from phinetune.train.memory import MemoryPeak
 
 
 class Usage:
-    """Seconds and peak memory (10⁹ bytes) of a run: those that its checkpoint counts, and this process's since `with`
-    began."""
+    """Seconds and peak memory (10⁹ bytes) of a run: those that its checkpoint counts, and this process's: seconds since
+    this object was made, memory in a `with` block."""
 
     def __init__(self, device: Any = None) -> None:
         self._memory = MemoryPeak(device)
@@ -25,7 +25,7 @@ class Usage:
 
     def go_on_from(self, earlier: Mapping[str, float]) -> None:
         """Counts what `so_far` said in an earlier life."""
-        self._earlier = {name: float(earlier[name]) for name in self._earlier}
+        self._earlier = dict(earlier)
 
     def so_far(self) -> dict[str, float]:
         seconds = self._earlier["seconds"] + time.perf_counter() - self._began

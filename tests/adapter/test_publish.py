@@ -175,9 +175,12 @@ def test_where_a_base_lies_is_nobodys_business(run, tmp_path):
         (tmp_path / "acme").mkdir(exist_ok=True)
         given = {**config, "base_model_name_or_path": base, "revision": None}
         (local / "adapter_config.json").write_text(json.dumps(given))
-        pushed = json.loads(files_to_publish(local)["adapter_config.json"]) if base != public else given
+        pushed = json.loads(files_to_publish(local)["adapter_config.json"])
         assert pushed == {**given, "base_model_name_or_path": public}
         assert str(tmp_path) not in json.dumps(pushed)
+        card = phinetune.model_card(local, "me/orders")
+        assert ("base_model: owner/name\n" in card) == (base == public)
+        assert str(tmp_path) not in card
 
 
 def test_an_adapter_is_no_merged_model(run, tmp_path):

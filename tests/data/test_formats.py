@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 
 import pytest
 from conftest import SHARED_DATA
@@ -110,7 +111,11 @@ def test_what_is_asked(record, columns, asked, format):
 def test_named_columns_decide_and_must_be_of_use():
     assert to_row({"question": "a", "answer": "b", "body": "T"}, "here:1", columns={"text": "body"}).text == "T"
     typo = to_row({"text": "T", "q": "a", "a": "b"}, "here:1", columns={"usr": "q", "assistant": "a"})
-    assert typo.reason == "is read as text, which knows no column assistant (data.columns names it)"
+    assert typo.reason == "is read as text, which knows no column assistant, usr (data.columns names it)"
+    row = {"question": "Who?", "context": {"title": ["a"]}, "answer": "B"}
+    assert to_row(row, "here:1").reason.startswith("`context` is an object, not text")
+    named = to_row(row, "here:1", columns={"user": "question", "assistant": "answer"})
+    assert named.messages[0]["content"] == "Who?"
 
 
 def test_a_bad_completion_is_not_imitated():
@@ -120,8 +125,10 @@ def test_a_bad_completion_is_not_imitated():
 
 
 def test_no_calls_are_no_calls():
-    row = to_row({"messages": [USER, {**SAID, "tool_calls": []}]}, "here:1")
-    assert row.messages == [USER, SAID]
+    for none in ([], "[]", "", None):
+        row = to_row({"messages": [USER, {**SAID, "tool_calls": none}]}, "here:1")
+        assert row.messages == [USER, SAID]
+    assert "not a list" in to_row({"conversations": [{"from": "function_call", "value": ""}]}, "here:1").reason
 
 
 def test_a_fault_stays_with_its_row(tmp_path):
@@ -134,6 +141,15 @@ def test_a_fault_stays_with_its_row(tmp_path):
     assert [type(row) for row in rows] == [Row, Rejected, Rejected, Row]
     assert [row.where for row in rows] == [f"{path}:{number}" for number in (1, 2, 3, 4)]
     assert "NaN" in rows[1].reason
+    for held in (
+        f'{{"data": [{good}], "data": [{good}, {good}]}}',
+        f'{{"meta": {{"a": 1, "a": 2}}, "data": [{good}]}}',
+    ):
+        path.write_text(held)
+        (row,) = read_rows(str(path))
+        assert "twice, and which one counts is not said" in row.reason
+    path.write_text("[" + '{"a":' * 800 + "1" + "}" * 800 + "]")
+    assert all(isinstance(row, Rejected) for row in read_rows(str(path)))
     assert "has the key 'a' twice" in rows[2].reason
 
 
@@ -160,6 +176,8 @@ def test_all_files_of_a_folder(tmp_path):
         path.write_text(json.dumps({"messages": [USER, SAID]}) + "\n")
     (folder / "linked").symlink_to(other)
     (folder / "linked" / "round").symlink_to(folder)
+    (folder / "other").symlink_to(folder / "linked")
+    os.mkfifo(folder / "live.jsonl")
     assert [row.where for row in read_rows(str(folder))] == [f"{folder}/a.jsonl:1", f"{folder}/linked/b.jsonl:1"]
     (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"gone\.jsonl: can't be read"):

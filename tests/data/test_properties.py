@@ -146,3 +146,24 @@ def test_what_is_learnt_of_a_prompt_and_its_completion(smollm2_tokenizer, superv
         whole = smollm2_tokenizer.decode(example.ids)
         learnt = [smollm2_tokenizer.decode(run) for run in runs(example)]
         assert learnt == ([whole] if expected == ["all"] else [f"{words}<|im_end|>" for words in expected])
+
+
+def test_a_flag_in_a_completion_is_stronger(smollm2_tokenizer):
+    completion = [{"role": "assistant", "content": "Four", "train": False}, {"role": "user", "content": "Five"}]
+    record = {"prompt": PROMPT + COMPLETION[:1], "completion": [*completion, COMPLETION[3]]}
+    for supervise, left_out in (("all", "Four"), ("completion", "Four"), ("assistant", "Four")):
+        (example,) = Renderer.of(smollm2_tokenizer, supervise=supervise).render(to_row(record, "here:1")).examples
+        learnt = "".join(smollm2_tokenizer.decode(run) for run in runs(example))
+        assert left_out not in learnt
+        assert "Six" in learnt
+        assert ("Two" in learnt) == (supervise == "all")
+
+
+@pytest.mark.parametrize("words", ["a", "assistant", "im", "user"])
+def test_an_unlearnt_answer_is_not_looked_for_in_its_header(smollm2_tokenizer, words):
+    messages = [{"role": "user", "content": "One"}, {"role": "assistant", "content": words, "train": False}]
+    messages += COMPLETION[:2]
+    (example,) = Renderer.of(smollm2_tokenizer, supervise="all").render(Row("here:1", messages)).examples
+    whole = smollm2_tokenizer.decode(example.ids)
+    learnt = "".join(smollm2_tokenizer.decode(run) for run in runs(example))
+    assert learnt == whole.replace(f"<|im_start|>assistant\n{words}<|im_end|>", "<|im_start|>assistant\n<|im_end|>")

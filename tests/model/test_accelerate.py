@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 
 import peft
@@ -11,7 +12,7 @@ from conftest import relative_error, tiny_model
 from transformers import Trainer, TrainingArguments
 
 import phinetune
-from phinetune.model import fast
+from phinetune.model import attention, fast
 from phinetune.model.accelerate import FlatBackbone, line_of
 
 FAMILIES = ["llama", "mistral", "phi3", "qwen2"]
@@ -68,7 +69,7 @@ def batch(kind, lengths=(13, 30, 7, 21)):
     for i, row in enumerate(rows):
         place = slice(width - len(row), width) if kind == "left" else slice(0, len(row))
         ids[i, place], mask[i, place] = row, 1
-    labels = ids.masked_fill(mask == 0, -100)
+    labels = ids.masked_fill(mask.roll(1, 1) * mask == 0, -100)  # padding predicts nothing
     labels[:, :3] = -100
     for i, row in enumerate(rows):  # nothing predicts a first token, which left padding would
         labels[i, width - len(row) if kind == "left" else 0] = -100
@@ -388,3 +389,93 @@ def test_in_trls_trainer(tmp_path, smollm2_tokenizer, padding_free, lines):
         assert trained(copy.deepcopy(ours), kind) == pytest.approx(expected, rel=1e-4)
         assert lines
         lines.clear()
+
+
+def test_a_window_that_llama_does_not_have():
+    model = tiny_model("llama", "sdpa", sliding_window=6).eval()
+    ids = torch.randint(3, 500, (1, 40))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        found = phinetune.accelerate(copy.deepcopy(model))(ids, use_cache=False).logits
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_no_mask_of_all_tokens_by_all_tokens(monkeypatch):
+    model = phinetune.accelerate(tiny_model("phi3", "sdpa")).train()
+    monkeypatch.setattr(attention, "sdpa_mask", lambda *given, **named: pytest.fail("a mask was made"))
+    attention.register()
+    ids = torch.randint(3, 500, (3, 20))
+    try:
+        model(input_ids=ids, labels=ids).loss.item()
+    finally:
+        monkeypatch.undo()
+        attention.register()
+
+
+def test_norms_of_another_kind_are_theirs():
+    ids = torch.randint(3, 500, (2, 20))
+    config = peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT doesn't know this norm
+        plain = peft.get_peft_model(tiny_model("llama", "sdpa"), config)
+    for name, parameter in plain.named_parameters():
+        if "ln_tuning" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    fast = phinetune.accelerate(copy.deepcopy(plain)).train()
+    assert relative_error(fast(input_ids=ids, labels=ids).loss, plain.train()(input_ids=ids, labels=ids).loss) < 1e-6
+
+
+def test_another_activation_is_its_own():
+    ids = torch.randint(3, 500, (2, 20))
+    plain = tiny_model("llama", "sdpa").train()
+    for layer in plain.model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    expected = plain(input_ids=ids, labels=ids).loss
+    assert relative_error(phinetune.accelerate(plain)(input_ids=ids, labels=ids).loss, expected) < 1e-6
+
+
+def test_layers_go_by_the_names_of_their_bases():
+    model = phinetune.accelerate(tiny_model("phi3", "sdpa"))
+    assert {type(layer).__name__ for layer in model.model.layers} == set(model._no_split_modules) & {"Phi3DecoderLayer"}
+    again = pickle.loads(pickle.dumps(model.model.layers[0]))
+    assert type(again) is type(model.model.layers[0])
+
+
+def test_noise_by_the_shape_of_embeddings_is_of_the_batch():
+    """transformers' NEFTune divides by the row's width."""
+    ids, mask = torch.randint(3, 500, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :20] = 0
+    labels = ids.masked_fill(mask.roll(1, 1) * mask == 0, -100)  # padding predicts nothing
+    model = phinetune.accelerate(tiny_model("llama", "sdpa")).train()
+    shapes = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda m, given, out: shapes.append(tuple(out.shape[:2])))
+    model(input_ids=ids, attention_mask=mask, labels=labels)
+    hook.remove()
+    assert shapes == [(2, 30)]
+    model.enable_input_require_grads()
+    hook = model.model.layers[0].register_forward_pre_hook(lambda m, given: shapes.append(tuple(given[0].shape[:2])))
+    model(input_ids=ids, attention_mask=mask, labels=labels)
+    assert shapes[1] == (1, 40), "what only asks for gradients doesn't mind the line"
+
+
+def test_an_adapter_for_each_row():
+    torch.manual_seed(0)
+    plain = peft.get_peft_model(tiny_model("llama", "sdpa"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    plain.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.5)
+    ids = torch.randint(3, 500, (2, 20))
+    asked = {"adapter_names": ["default", "other"], "use_cache": False}
+    with torch.no_grad():
+        expected = plain.eval()(input_ids=ids, **asked).logits
+        found = phinetune.accelerate(plain)(input_ids=ids, **asked).logits
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_logits_of_some_places_while_it_trains():
+    ids, places = torch.randint(3, 500, (2, 20)), torch.tensor([3, 7, 19])
+    model = tiny_model("llama", "sdpa").train()
+    expected = model(input_ids=ids, logits_to_keep=places).logits
+    found = phinetune.accelerate(model)(input_ids=ids, logits_to_keep=places).logits
+    assert relative_error(found, expected) < 1e-5

@@ -3,12 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import peft
 import pytest
 from conftest import ROOT
+from transformers import BitsAndBytesConfig, TrainingArguments
 
 from phinetune.errors import RecipeError
-from phinetune.recipe import dump_recipe, load_recipe, make_recipe
+from phinetune.recipe import ModelKwargs, dump_recipe, load_recipe, make_model_kwargs, make_recipe
 from phinetune.recipe.names import SECTIONS, known_names
+from phinetune.train.optimiser import warmup_steps
 
 MINIMAL = {"model": "smollm2", "data": {"train": "chats.jsonl"}}
 
@@ -123,13 +126,14 @@ def test_harmless_values_of_unsupported_names_pass():
     [
         (True, None, "assistant"), (False, None, "completion"), (None, True, "completion"), (None, False, "all"),
         (True, True, "assistant"), (False, True, "completion"), (False, False, "all"), (None, None, "assistant"),
+        (True, False, "assistant"),
     ],
 )  # fmt: skip
 def test_trls_flags_for_what_is_learnt(assistant, completion, supervise):
     flags = {"assistant_only_loss": assistant, "completion_only_loss": completion}
-    given = {name: value for name, value in flags.items() if value is not None}
-    recipe, _ = make_recipe({**MINIMAL, "training_config": given})
-    assert recipe.data.supervise == supervise
+    for given in (flags, {name: value for name, value in flags.items() if value is not None}):
+        recipe, _ = make_recipe({**MINIMAL, "training_config": given})
+        assert recipe.data.supervise == supervise
 
 
 def test_a_number_that_yaml_reads_as_text(tmp_path):
@@ -329,3 +333,89 @@ def test_the_memory_that_a_shipped_recipe_names_is_that_of_its_model(path):
     said = float(path.read_text().partition("# Weights: ")[2].split()[0])
     assert said == pytest.approx((2 * model.num_parameters() + four_bit) / 1e9, abs=0.006)
     assert f"recipes/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        ({"per_device_train_batch_size": 8, "per_gpu_train_batch_size": None}, "per_device_train_batch_size", 8),
+        ({"warmup_steps": 100, "warmup_ratio": 0.0}, "warmup_steps", 100),
+        ({"warmup_steps": 0, "warmup_ratio": 0.1}, "warmup_steps", 0.1),
+        ({"warmup_ratio": 0.1, "warmup_steps": 0}, "warmup_steps", 0.1),
+        ({"warmup_steps": 0, "warmup_ratio": 0.0}, "warmup_steps", 0),
+        ({"warmup_ratio": 0.0}, "warmup_steps", 0),
+        ({"optim": "adamw_torch_fused", "adafactor": False}, "optim", "adamw_torch_fused"),
+        ({"use_cpu": True, "no_cuda": False}, "use_cpu", True),
+        ({"use_cpu": False, "no_cuda": True}, "use_cpu", True),
+        ({"eval_steps": None}, "eval_strategy", "no"),
+    ],
+)
+def test_an_old_name_that_asks_for_nothing_gives_way(given, name, value):
+    recipe, _ = make_recipe({**MINIMAL, "training_config": given})
+    assert getattr(recipe.training_config, name) == value
+
+
+def test_two_names_that_ask_for_two_things():
+    with pytest.raises(RecipeError, match="warmup_steps is given twice"):
+        make_recipe({**MINIMAL, "training_config": {"warmup_steps": 10, "warmup_ratio": 0.1}})
+
+
+def test_warming_up_all_the_way():
+    recipe, _ = make_recipe({**MINIMAL, "training_config": {"warmup_ratio": 1.0}})
+    assert warmup_steps(recipe.training_config, 50) == 50
+    recipe, _ = make_recipe({**MINIMAL, "training_config": {"warmup_steps": 1}})
+    assert warmup_steps(recipe.training_config, 50) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "config", "kind"),
+    [
+        ("peft_config", peft.VeraConfig(r=64, target_modules="all-linear"), "VeraConfig"),
+        ("peft_config", peft.LoHaConfig(r=8), "LoHaConfig"),
+        ("peft_config", TrainingArguments(output_dir="a", use_cpu=True), "TrainingArguments"),
+        ("training_config", peft.LoraConfig(), "LoraConfig"),
+    ],
+)
+def test_an_object_of_another_kind(section, config, kind):
+    with pytest.raises(RecipeError, match=f"is a {kind}, which asks for another training; give a"):
+        make_recipe({**MINIMAL, section: config})
+
+
+def test_an_adapter_of_another_kind():
+    with pytest.raises(RecipeError, match="peft_type='LOHA' is not supported"):
+        make_recipe({**MINIMAL, "peft_config": {"peft_type": "LOHA", "r": 8}})
+    with pytest.raises(RecipeError, match=r"peft_type=.*ADALORA"):
+        make_recipe({**MINIMAL, "peft_config": peft.AdaLoraConfig(r=8, total_step=10)})
+
+
+def test_a_lora_config_as_a_dictionary():
+    recipe, _ = make_recipe({**MINIMAL, "peft_config": peft.LoraConfig(r=4, target_modules=["q_proj"]).to_dict()})
+    assert (recipe.peft_config.r, recipe.peft_config.target_modules) == (4, ["q_proj"])
+
+
+def test_what_quantises_is_one_thing():
+    as_transformers = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    for over in (ModelKwargs(), ModelKwargs(**ModelKwargs().model_dump()), ModelKwargs(load_in_8bit=True)):
+        kwargs = make_model_kwargs({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, over)
+        assert (kwargs.load_in_4bit, kwargs.load_in_8bit) == (True, False)
+        assert as_transformers.items() <= kwargs.model_dump().items()
+    recipe, _ = make_recipe({**MINIMAL, "model_kwargs": {"quantization_config": {"load_in_4bit": True}}})
+    assert as_transformers.items() <= recipe.model_kwargs.model_dump().items()
+    assert recipe.model_kwargs.bnb_4bit_compute_dtype == "float32"
+
+
+def test_an_override_by_quantization_config_is_stronger(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: a\ndata: {train: a}\nmodel_kwargs: {load_in_4bit: false, load_in_8bit: true}\n")
+    recipe, _ = load_recipe(path, ["model_kwargs.quantization_config={load_in_4bit: true}"])
+    assert (recipe.model_kwargs.load_in_4bit, recipe.model_kwargs.load_in_8bit) == (True, False)
+
+
+def test_no_limit_to_a_rows_length():
+    @dataclasses.dataclass
+    class SFTConfig(TrainingArguments):
+        max_length: int | None = 1024
+
+    for length, expected in ((None, 1 << 20), (512, 512), (1024, 1024)):
+        config = SFTConfig(output_dir="a", use_cpu=True, max_length=length)
+        assert make_recipe({**MINIMAL, "training_config": config})[0].data.max_length == expected

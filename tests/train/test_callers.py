@@ -22,6 +22,7 @@ def state():
         "log": (logger.level, logger.propagate, list(logger.handlers)),
         "dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         # torch's compiler writes two of its own.
         "environment": {n: v for n, v in os.environ.items() if "PYTEST" not in n and "TORCHINDUCTOR" not in n},

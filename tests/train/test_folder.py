@@ -7,13 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from commands import Forked, command_line, forked, phinetune
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phinetune import data as phinetune_data
 from phinetune.model import revision_of, version_of
+from phinetune.model.files import digest_of
 from phinetune.recipe import ModelKwargs, TrainingConfig
+from phinetune.train.best import Best
 from phinetune.train.schedule import Schedule
 
 
@@ -134,6 +137,26 @@ def test_another_model_under_the_same_name_does_not_resume_it(recipe, tmp_path, 
     assert (folder / "checkpoint-2").is_dir()
 
 
+def test_the_digest_of_large_files_sees_what_training_does(tmp_path):
+    tensors = {f"layer.{n}": torch.randn(300_000) for n in range(20)}  # 24 MB
+
+    def digest(changed):
+        save_file({n: t + changed.get(n, 0) for n, t in tensors.items()}, tmp_path / "model.safetensors")
+        return digest_of(str(tmp_path), {})
+
+    (tmp_path / "config.json").write_text("{}")
+    whole = digest({})
+    assert digest(dict.fromkeys(tensors, 1e-6)) != whole
+    assert digest({name: 1e-6 for name in tensors if not int(name[6:]) % 4}) != whole
+    assert digest({}) == whole
+    (tmp_path / "config.json").write_text('{"rope_theta": 1}')
+    assert digest({}) != whole
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" * 100)
+    of_gguf = digest_of(str(tmp_path), {"gguf_file": "x.gguf"})
+    (tmp_path / "config.json").write_text("{}")
+    assert digest_of(str(tmp_path), {"gguf_file": "x.gguf"}) == of_gguf, "what lies beside it isn't its own"
+
+
 def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, tiny_llama_folder):
     repository = tmp_path / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -145,6 +168,29 @@ def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, tiny_llama_folder):
         assert revision_of("owner/tiny", kwargs) == commit
         assert version_of("owner/tiny", kwargs) == commit
     assert revision_of(str(tiny_llama_folder), ModelKwargs()) is None
+
+
+def test_a_run_on_a_branch_that_has_moved_goes_on_with_its_own_commit(recipe, tmp_path, tiny_llama_folder):
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+        if commit.startswith("b"):
+            model.model.layers[0].mlp.up_proj.weight.data.mul_(1.1)
+        for part in (model, AutoTokenizer.from_pretrained(tiny_llama_folder)):
+            part.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs" / "main").write_text("a" * 40)
+    at = f"owner/tiny\nmodel_kwargs: {{cache_dir: {tmp_path / 'hub'}, dtype: float32}}"
+    text = recipe.read_text().replace("model_kwargs: {dtype: float32}\n", "")
+    recipe.write_text(text.replace(str(tiny_llama_folder), at))
+    folder = killed(recipe)
+    (repository / "refs" / "main").write_text("b" * 40)
+    resumed = phinetune("train", recipe, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "a" * 40
+    named = phinetune("train", recipe, "model_kwargs.revision=main", "--resume")
+    assert named.returncode == 2
+    assert f"version of the model was '{'a' * 40}', is '{'b' * 40}'" in named.stderr
 
 
 def test_steps_are_due_as_the_strategies_say(recipe):
@@ -162,5 +208,9 @@ def test_steps_are_due_as_the_strategies_say(recipe):
     assert schedule(save_strategy="epoch", eval_strategy="epoch").save == {10, 20}
     never = schedule(logging_strategy="no", save_strategy="no", eval_strategy="no")
     assert (never.log, never.evaluate, never.save) == (set(), set(), set())
-    assert by_steps.saves_behind(8, keeps_best=False) == 2
-    assert by_steps.saves_behind(8, keeps_best=True) == 4
+    for settings, saves in (
+        ({}, 2),
+        ({"load_best_model_at_end": True}, 4),
+        ({"early_stopping_patience": 1}, 3),
+    ):
+        assert by_steps.saves_behind(8, Best.of(TrainingConfig(**settings))) == saves
