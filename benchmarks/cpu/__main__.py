@@ -238,7 +238,7 @@ def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def prefix(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
-    """Rows with a long beginning in common, computed once and for each row, on four layers of Phi-3's full width."""
+    """Rows with a long beginning in common, computed once and for each row, on eight layers of Phi-3's full width."""
     found = job_io.ask(OURS, "child_prefix.py", {"compared_layers": 4, "layers": 8, "rounds": asked.rounds})
     speedup, spread = found.pop("prefix_speedup"), found.pop("spread")
     print(json.dumps(found), flush=True)

@@ -68,6 +68,7 @@ class _Line(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept may be asked for again where gradients are
 def _line(paths: tuple[tuple[tuple[int, int], ...], ...], device: torch.device) -> _Line:
     """Made once for all layers."""
     queries = [path[-1][1] - path[-1][0] for path in paths]

@@ -273,8 +273,12 @@ class LoRALayer(nn.Module):
         if self._merged is not None:
             if not torch.is_grad_enabled():
                 return self._base(input, self._merged_weight(), self._cast_bias())
-            self._merged = STALE  # a step may follow, and torch's fused optimisers leave no trace on a parameter
+            self.outdate()
         return self._adapted(input)
+
+    def outdate(self) -> None:
+        """Forgets a merged weight: a step may follow, and torch's fused optimisers leave no trace on a parameter."""
+        self._merged = STALE if self.merged else self._merged
 
     def _cast_bias(self) -> Any:
         """A bias that trains in higher precision is rounded to the weight's."""

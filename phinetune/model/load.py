@@ -176,7 +176,8 @@ def revision_of(model: str, kwargs: ModelKwargs) -> str | None:
     no version."""
     if model == smollm2.NAME:
         return smollm2.GGUF_SHA256
-    return _Source.of(model, kwargs).options.get("revision")
+    revision: str | None = _Source.of(model, kwargs).options.get("revision")
+    return None if revision == "main" and kwargs.revision is None else revision  # what isn't at hand has no commit yet
 
 
 def full_name(model: str) -> str:
@@ -209,7 +210,7 @@ def filed_dtype(model: str, kwargs: ModelKwargs) -> str:
 def version_of(model: str, kwargs: ModelKwargs) -> str:
     """`revision_of`, and of local files a digest of what is in them."""
     source = _Source.of(model, kwargs)
-    return revision_of(model, kwargs) or digest_of(source.place, source.options)
+    return revision_of(model, kwargs) or ("main" if source.is_hub else digest_of(source.place, source.options))
 
 
 def is_on_hub(model: str) -> bool:

@@ -38,6 +38,7 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
 def _of_ours(layer: Any) -> Projection | None:
     if any(adapter.use_dora for adapter in layer.adapters.values()) or (layer.merged and not torch.is_grad_enabled()):
         return None
+    layer.outdate()
     projection: Projection = layer.projection()
     return projection
 

@@ -172,3 +172,23 @@ def test_somebody_elses_attention_and_hooks_on_its_parts_are_honoured():
     model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape))
     model(input_ids=ids, position_ids=positions, use_cache=False)
     assert len(seen) == 1
+
+
+def test_a_step_outdates_merged_weights():
+    """As torch's fused optimisers step: without a trace on the parameters."""
+    model, _ = pair("llama", {"target_modules": "all-linear"})
+    model.eval()
+    rows = examples()
+    lora.fuse(model)
+    with torch.no_grad():
+        before = loss_sum(model, lay_out(rows, 512)[0]).item()
+    loss_sum(model, lay_out(rows, 512)[0]).backward()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.add_(0.3)
+    with torch.no_grad():
+        after = loss_sum(model, lay_out(rows, 512)[0]).item()
+        lora.unfuse(model)
+        expected = loss_sum(model, lay_out(rows, 512)[0]).item()
+    assert after == pytest.approx(expected, rel=1e-4)
+    assert after != pytest.approx(before, rel=1e-2)

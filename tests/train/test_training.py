@@ -20,7 +20,7 @@ from phinetune.model import adapt_model, flat_batches
 from phinetune.recipe import PeftConfig, TrainingConfig
 from phinetune.train import training_step
 from phinetune.train.checkpoint import Base, load_checkpoint, save_checkpoint
-from phinetune.train.finetune import WRITTEN
+from phinetune.train.folder import WRITTEN
 from phinetune.train.numbers import name_fault
 from phinetune.train.optimiser import learning_rates, make_optimizer
 
