@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -21,6 +22,8 @@ def check(folder):
     assert summary["eval_rows"] >= 100
     assert summary["peak_gb"] < 4
     assert summary["seconds"] < 360
+    said = re.search(r"expected: \d+ s, ([\d.]+) GB", (folder / "train.log").read_text())
+    assert 0.6 < float(said[1]) / summary["peak_gb"] < 1.4
 
 
 @pytest.mark.slow

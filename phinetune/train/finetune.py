@@ -152,9 +152,10 @@ def train(
                 log.warning(word)
             if checkpoint is not None:
                 loop.resume(checkpoint)
+            expected = expected_gb(loop.model, loop.largest_batch)  # what a rehearsal leaves would count twice
             if rehearsal:
                 rehearse(loop, tokenizer, data, checkpoint)
-            _announce(loop, data, threads)
+            _announce(loop, data, threads, expected)
             is_evaluated = loop.best.evaluated_behind == loop.step
             with MetricsWriter(loop.recipe, folder, when, loop.step, is_evaluated) as metrics:
                 loop.run(metrics)
@@ -397,8 +398,8 @@ def _layers_to_recompute(model: Any, config: TrainingConfig, batch: Batch) -> in
     return layers_to_recompute(model, batch, memory_free(model.device) - mapped_bytes(model))
 
 
-def _announce(loop: Loop, data: Prepared, threads: str) -> None:
-    """Rows, supervised tokens, steps, expected time and memory, before the first step."""
+def _announce(loop: Loop, data: Prepared, threads: str, expected: float) -> None:
+    """Rows, supervised tokens, steps, expected time and memory (10⁹ bytes), before the first step."""
     model, batch = loop.model, loop.largest_batch
     for name, ledger in data.ledgers.items():
         log.info(
@@ -432,7 +433,7 @@ def _announce(loop: Loop, data: Prepared, threads: str) -> None:
     left = loop.steps.rows_from(loop.step)
     tokens = int(data.train.lengths[left].sum())
     supervised = int(data.train.supervised[left].sum())
-    expected, limit = expected_gb(model, batch), loop.recipe.training_config.max_memory_gb
+    limit = loop.recipe.training_config.max_memory_gb
     log.info(
         f"{len(loop.steps) - loop.step:,} steps, {tokens:,} tokens, {supervised:,} of them supervised; expected: "
         f"{expected_seconds(model, tokens, supervised):.0f} s, {expected:.1f} GB"
