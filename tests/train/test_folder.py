@@ -16,6 +16,7 @@ from phinetune import data as phinetune_data
 from phinetune.model import revision_of, version_of
 from phinetune.model.files import digest_of
 from phinetune.recipe import ModelKwargs, TrainingConfig
+from phinetune.train import folder as folder_of_run
 from phinetune.train.best import Best
 from phinetune.train.schedule import Schedule
 
@@ -113,10 +114,13 @@ def test_what_earlier_lives_were_made_with_is_kept_and_said(recipe):
     assert "torch 2.0.1" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"versions": 3}', '{"versions": {}, "earlier": [3]}'])
-def test_a_damaged_run_json_is_no_reason_not_to_go_on(recipe, damage):
+def test_a_damaged_run_json_is_no_reason_not_to_go_on(recipe, tmp_path):
+    for number, damage in enumerate(["{", "[]", '{"versions": 3}', '{"versions": {}, "earlier": [3]}']):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "run.json").write_text(damage)
+        assert folder_of_run._read_about(tmp_path / f"{number}") == {}
     folder = killed(recipe)
-    (folder / "run.json").write_text(damage)
+    (folder / "run.json").write_text("{")
     assert phinetune("train", recipe, "--resume").returncode == 0
     assert json.loads((folder / "run.json").read_text())["earlier"] == []
 
