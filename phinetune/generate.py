@@ -47,7 +47,7 @@ def answers(
     stops = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
-    room = [_room(model, len(prompt), max_new_tokens) for prompt in prompts]
+    room = _room(model, [*map(len, prompts)], max_new_tokens)
     boundary = long_rope_boundary(model.config)
     longer = sum(boundary is not None and len(prompt) + max_new_tokens > boundary for prompt in prompts)
     groups = [order[:longer], order[longer:]]  # what needs other factors is never answered together
@@ -69,25 +69,25 @@ def answers(
     return texts
 
 
-def _room(model: Any, prompt: int, max_new_tokens: int) -> int:
-    """How many tokens may follow a prompt of so many; says where they are fewer, or the prompt is longer than the model
-    was made for.
+def _room(model: Any, prompts: Sequence[int], max_new_tokens: int) -> list[int]:
+    """How many tokens may follow prompts of so many each; says where they are fewer, or a prompt is longer than the
+    model was made for.
 
     Raises:
-        RunError: where it can't be given the prompt at all.
+        RunError: where it can't be given a prompt at all.
     """
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
-    if positions is None or prompt + max_new_tokens <= positions:
-        return max_new_tokens
-    what = f"the model was made for {positions:,} positions, and a prompt has {prompt:,} tokens"
-    if has_position_table(model) and prompt >= positions:
+    positions, longest = getattr(model.config, "max_position_embeddings", None), max(prompts, default=0)
+    if positions is None or longest + max_new_tokens <= positions:
+        return [max_new_tokens] * len(prompts)
+    what = f"the model was made for {positions:,} positions, and a prompt has {longest:,} tokens"
+    if not has_position_table(model):
+        if longest >= positions:
+            log.warning(f"{what}: it answers badly where it never was")
+        return [max_new_tokens] * len(prompts)
+    if longest >= positions:
         raise RunError("answers", what, "give shorter ones")
-    if has_position_table(model):
-        log.warning(f"{what}: its answer ends after {positions - prompt:,}")
-        return positions - prompt
-    if prompt >= positions:
-        log.warning(f"{what}: it answers badly where it never was")
-    return max_new_tokens
+    log.warning(f"{what}: its answer ends after {positions - longest:,}")
+    return [min(max_new_tokens, positions - prompt) for prompt in prompts]
 
 
 def _in_memory(model: Any, prompts: Sequence[list[int]], settings: dict[str, Any]) -> list[list[int]]:
@@ -182,7 +182,7 @@ def stream(
     """One answer, handed to `write` piece by piece as it grows; greedy at temperature 0."""
     renderer, pieces = renderer or Renderer.of(tokenizer), _Pieces(tokenizer, write)
     ids = torch.tensor([renderer.prompt_ids(messages)])
-    max_new_tokens = _room(model, ids.shape[1], max_new_tokens)
+    (max_new_tokens,) = _room(model, [ids.shape[1]], max_new_tokens)
     stops = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else GREEDY
     with _own_head(model):

@@ -98,16 +98,17 @@ def to_row(record: Any, where: str, format: str = "auto", columns: Mapping[str, 
     """
     if not isinstance(record, Mapping):
         return Rejected(where, f"is {kind_of(record)}, not an object with `messages`", record)
+    columns = columns or {}
     try:
         given = {str(key): value for key, value in record.items() if value is not None}
         if columns:
             given = _renamed(given, columns)
         if format == "auto":
             format = _recognise_named(given, columns) if columns else recognise(given)
-        if unread := sorted((columns or {}).keys() - READ[format]):
+        if unread := sorted(columns.keys() - READ[format]):
             raise _BadRow(f"is read as {format}, which knows no column {', '.join(unread)} (data.columns names it)")
-        if {"user", "assistant"} <= (columns or {}).keys():  # nothing else is asked
-            given = {name: value for name, value in given.items() if name not in BESIDE or name in columns}  # type: ignore[operator]
+        if {"user", "assistant"} <= columns.keys():  # nothing else is asked
+            given = {name: value for name, value in given.items() if name not in BESIDE or name in columns}
         messages, tools = READERS[format](given)
         if format == "text":
             return Row(where, text=messages, format=format, raw=record)

@@ -25,6 +25,7 @@ CHUNK_RECORDS = 500
 LONGEST_LINE = 1 << 26  # bytes: no chat is longer, and a file without line ends must not fill the memory
 
 KEPT_OF_A_BROKEN_ROW = 100_000  # characters
+BROKEN_BYTES = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what reading and decompressing them raises
 
 # An object with one of these is a row, not a holder of rows.
 ROW_COLUMNS = {"messages", "conversations", "conversation", "prompt", "instruction", "question", "text"}
@@ -385,9 +386,7 @@ def _table(file: DataFile) -> Iterator[Any]:
             yield stream if not file.compression else io.BytesIO(stream.read())
     except DataError:
         raise
-    except (ArrowException, OSError, ValueError, EOFError, LookupError, ArithmeticError) as error:
-        raise _unreadable(file, error) from None
-    except (zlib.error, lzma.LZMAError) as error:
+    except (ArrowException, ValueError, LookupError, ArithmeticError, *BROKEN_BYTES) as error:
         raise _unreadable(file, error) from None
 
 
@@ -405,7 +404,7 @@ def _readable(file: DataFile) -> Iterator[None]:
     """Turns what goes wrong with a file's bytes into a DataError."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except BROKEN_BYTES as error:
         raise _unreadable(file, error) from None
 
 

@@ -172,7 +172,7 @@ class Renderer:
         Raises:
             CannotRender: with the reason.
         """
-        return self._renderings(messages, tools, self.config.supervise)[0]
+        return self._renderings(messages, tools, self._supervised(Row("", messages))[0])[0]
 
     # From a row to texts
 
@@ -201,8 +201,8 @@ class Renderer:
     def _supervised(self, row: Row) -> tuple[str, list[Message]]:
         """What is learnt of a row, and its messages; those of a prompt say themselves that they aren't learnt."""
         supervise = self.config.supervise
-        if supervise == "completion" and row.prompt:
-            return "assistant", row.messages
+        if supervise == "completion":
+            return "assistant" if row.prompt else "all", row.messages
         if supervise != "all":
             return supervise, row.messages
         prompt = [{name: value for name, value in m.items() if name != "train"} for m in row.messages[: row.prompt]]
@@ -263,9 +263,9 @@ class Renderer:
             own.append(Rendering(up_to, learnt, messages[: i + 1], [(i, span)], words, [], tools, supervise))
         words = self._words(messages, text, turns, tools)
         marked = self._marked(messages, words, text, tools)
-        if own and not turns and not marked and supervise not in ("all", "completion"):
+        if own and not turns and not marked and supervise != "all":
             return own, findings
-        if supervise in ("all", "completion"):
+        if supervise == "all":
             learnt = _without([(0, len(text))], [s for i, s in words if messages[i].get("train") is False or i in lost])
         else:
             learnt = [span for _, span in turns] + marked

@@ -314,6 +314,4 @@ class _Qwen2LM(LeanCausalLM, Qwen2ForCausalLM):
     pass
 
 
-ACCELERATED: dict[type[nn.Module], Any] = {
-    cls.__bases__[-1]: cls for cls in (_Llama, _Mistral, _Phi3, _Qwen2, _LlamaLM, _MistralLM, _Phi3LM, _Qwen2LM)
-}
+ACCELERATED = {base: cls for base, cls in InPlace.made.items() if issubclass(cls, FlatBackbone | LeanCausalLM)}

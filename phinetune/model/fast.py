@@ -154,12 +154,7 @@ class FastQwen2DecoderLayer(FastLayer, Qwen2DecoderLayer):
     pass
 
 
-FAST_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
-    LlamaDecoderLayer: FastLlamaDecoderLayer,
-    MistralDecoderLayer: FastMistralDecoderLayer,
-    Phi3DecoderLayer: FastPhi3DecoderLayer,
-    Qwen2DecoderLayer: FastQwen2DecoderLayer,
-}
+FAST_LAYERS = {base: cls for base, cls in InPlace.made.items() if issubclass(cls, FastLayer)}
 
 
 def install(model: nn.Module) -> int:

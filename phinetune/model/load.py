@@ -189,8 +189,11 @@ def hub_name(model: str) -> str | None:
     """What the base that an adapter names (`full_name`) is called on the Hub; None for one that lies on a machine."""
     if model == smollm2.NAME:
         return smollm2.HUB_NAME
-    is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf")
-    return model if model.count("/") == 1 and not is_path else None
+    return model if _is_hub_id(model) and not model.endswith(".gguf") else None
+
+
+def _is_hub_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
 def _lies_here(model: str) -> bool:
@@ -242,9 +245,9 @@ class _Source(NamedTuple):
             if not path.is_file():
                 raise ModelError(where, "no such file", "give the path of a .gguf file")
             return cls(str(path.parent), {"gguf_file": path.name, "local_files_only": True})
-        if path.is_dir():
+        if _lies_here(model):
             return cls(str(path), {"local_files_only": True})
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if not _is_hub_id(model):
             mend = "give a Hub id (owner/name), a local folder, a .gguf file or smollm2"
             raise ModelError(where, "no such folder", mend)
         options: dict[str, Any] = {"revision": kwargs.revision or "main", "local_files_only": not hub_answers()}

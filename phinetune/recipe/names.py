@@ -39,6 +39,10 @@ def _supervise(value: Any) -> str:
     return "assistant" if value else "completion"  # of rows with a prompt TRL learns the completion even so
 
 
+def _completion(value: Any) -> str:
+    return "assistant" if value is None else "completion" if value else "all"
+
+
 # name -> (where it went, how its value is translated)
 MAPPED: dict[str, dict[str, tuple[str, Convert]]] = {
     "training_config": {
@@ -52,7 +56,7 @@ MAPPED: dict[str, dict[str, tuple[str, Convert]]] = {
         "max_seq_length": ("data.max_length", _same),
         "cutoff_len": ("data.max_length", _same),
         "assistant_only_loss": ("data.supervise", _supervise),
-        "completion_only_loss": ("data.supervise", {None: "assistant", True: "completion", False: "all"}.get),
+        "completion_only_loss": ("data.supervise", _completion),
         "activation_checkpointing": ("training_config.gradient_checkpointing", _same),
         "activation_checkpointing_kwargs": ("training_config.gradient_checkpointing_kwargs", _same),
         "dataset_num_proc": ("data.num_proc", _same),

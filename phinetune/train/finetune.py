@@ -147,7 +147,8 @@ def train(
         loop = make_loop(recipe, tokenizer, data, signals, checkpoint, usage=usage)
         _check_room(loop)
         signals.check()
-        with begun(folder, loop.recipe, data, tokenizer, not resume, checkpoint is not None) as when:
+        goes_on = checkpoint is not None
+        with begun(folder, loop.recipe, data, tokenizer, fresh=not resume, goes_on=goes_on) as when:
             for word in words:
                 log.warning(word)
             if checkpoint is not None:

@@ -28,7 +28,7 @@ from phinetune.train.numbers import REMEMBERED, is_jump, name_fault, worst_rows
 from phinetune.train.optimiser import trainable_parameters
 from phinetune.train.schedule import Schedule
 from phinetune.train.signals import Interrupted, Signals
-from phinetune.train.usage import Usage
+from phinetune.train.usage import NOTHING, Usage
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def progress_of(checkpoint: Path, config: TrainingConfig) -> Progress:
     state = read_state(checkpoint)
     try:
         counters, best = Counters(**state["counters"]), Best.of(config, **state["best"])
-        usage = {name: float(state.get("usage", {}).get(name, 0.0)) for name in ("seconds", "peak_gb")}
+        usage = {name: float(state.get("usage", NOTHING).get(name, none)) for name, none in NOTHING.items()}
         return Progress(int(state["step"]), counters, best, int(state["max_batch_tokens"]), usage)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"its state.json can't be used ({type(error).__name__}: {error})"

@@ -6,6 +6,8 @@ from typing import Any
 
 from phinetune.train.memory import MemoryPeak
 
+NOTHING = {"seconds": 0.0, "peak_gb": 0.0}
+
 
 class Usage:
     """Seconds and peak memory (10⁹ bytes) of a run: those that its checkpoint counts, and this process's: seconds since
@@ -14,7 +16,7 @@ class Usage:
     def __init__(self, device: Any = None) -> None:
         self._memory = MemoryPeak(device)
         self._began = time.perf_counter()
-        self._earlier = {"seconds": 0.0, "peak_gb": 0.0}
+        self._earlier = NOTHING
 
     def __enter__(self) -> "Usage":
         self._memory.__enter__()
