@@ -8,7 +8,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS)
 
-.PHONY: install demo test test-slow examples docs scoreboard scoreboard-full bench bench-gpu bench-lora bench-data check format build clean
+.PHONY: install demo test test-slow test-trl examples docs scoreboard scoreboard-full bench bench-gpu bench-lora bench-data check format build clean
 
 install: .venv/installed
 
@@ -31,6 +31,12 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# What works inside TRL's trainer, and its config objects: in the environment of the peers, with TRL in it.
+test-trl: install .venv-trl/installed
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) \
+		pytest pytest-timeout hypothesis --editable .
+	.venv-trl/bin/python -m pytest -m trl tests/model/test_accelerate.py tests/recipe/test_recipes.py
 
 # Every sample of the guide, as a script and as an executed notebook beside it; make examples NAMES=phi3_finetune_lora
 examples: install

@@ -16,6 +16,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from phinetune.model.accelerate import LeanCausalLM
+
 
 class ModelLoss:
     """Goes before `SFTTrainer` among a trainer's bases; of a model that `phinetune.accelerate` has changed, the loss is
@@ -34,4 +36,6 @@ class ModelLoss:
         if special or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         inputs = {**inputs, "use_cache": False}
+        if not return_outputs and any(isinstance(module, LeanCausalLM) for module in model.modules()):
+            inputs["skip_logits"] = True  # of held-out rows, too
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)

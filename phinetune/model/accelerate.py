@@ -192,7 +192,8 @@ class LeanCausalLM(InPlace):
 
     def _has_plain_loss(self, kwargs: dict[str, Any]) -> bool:
         head = self.lm_head
-        plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not is_wrapped(head)
+        learns = head.weight.requires_grad and torch.is_grad_enabled()
+        plain = type(head) is nn.Linear and head.bias is None and not learns and not is_wrapped(head)
         as_it_is = "shift_labels" in kwargs or "ignore_index" in kwargs
         as_it_is |= not kwargs.get("return_dict", getattr(self.config, "return_dict", True))
         return plain and not as_it_is and self.loss_function is ForCausalLMLoss

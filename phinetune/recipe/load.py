@@ -249,14 +249,16 @@ def _from_config_object(section: str, config: Any) -> dict[str, Any]:
 
 
 def _plain(config: Any) -> Any:
-    """An object of the same class that was given nothing; where a machine refuses that (SFTConfig's bf16), the defaults
-    as they are written."""
-    try:
-        return type(config)()
-    except (TypeError, ValueError):
-        made = {f.name: f.default_factory() if callable(f.default_factory) else f.default
-                for f in dataclasses.fields(config)}  # fmt: skip
-        return types.SimpleNamespace(**made)
+    """An object of the same class that was given nothing; where a machine refuses that (SFTConfig's bf16), one for a
+    processor in float32, or the defaults as they are written."""
+    for given in ({}, {"use_cpu": True, "bf16": False}):
+        try:
+            return type(config)(**given)
+        except (TypeError, ValueError):
+            continue
+    made = {f.name: f.default_factory() if callable(f.default_factory) else f.default
+            for f in dataclasses.fields(config)}  # fmt: skip
+    return types.SimpleNamespace(**made)
 
 
 def _hint_for_section(key: str) -> str:

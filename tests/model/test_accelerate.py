@@ -363,6 +363,7 @@ def test_in_transformers_trainer(tmp_path, lines):
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
 
 
+@pytest.mark.trl
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_in_trls_trainer(tmp_path, smollm2_tokenizer, padding_free, lines):
@@ -389,6 +390,12 @@ def test_in_trls_trainer(tmp_path, smollm2_tokenizer, padding_free, lines):
         assert trained(copy.deepcopy(ours), kind) == pytest.approx(expected, rel=1e-4)
         assert lines
         lines.clear()
+    logits = []
+    ours.base_model.model.register_forward_hook(lambda module, given, output: logits.append(output.logits))
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), gradient_checkpointing=False, **settings)
+    named = {"args": arguments, "eval_dataset": rows, "train_dataset": rows, "processing_class": smollm2_tokenizer}
+    OwnLossTrainer(ours, **named).evaluate()
+    assert logits and not any(one is not None for one in logits), "a loss alone needs none"
 
 
 def test_a_window_that_llama_does_not_have():

@@ -200,6 +200,20 @@ def test_an_object_of_a_class_that_this_machine_makes_no_plain_one_of():
     assert [word for word in words if "max_length" in word]
 
 
+@pytest.mark.trl
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_what_trls_own_object_asks_for(tmp_path):
+    trl = pytest.importorskip("trl")
+    config = trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_length=None, completion_only_loss=True)
+    recipe, words = make_recipe({**MINIMAL, "training_config": config})
+    assert (recipe.data.max_length, recipe.data.supervise) == (1 << 20, "completion")
+    assert recipe.training_config.gradient_checkpointing, "TRL's default"
+    assert recipe.training_config.learning_rate == 2e-5
+    assert sorted(word.split()[0] for word in words) == [
+        "training_config.completion_only_loss", "training_config.max_length"
+    ], "and nothing that a machine without bf16 fills in"  # fmt: skip
+
+
 def test_real_config_objects_are_taken_whole(tmp_path):
     import peft
     import transformers
