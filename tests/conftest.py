@@ -132,6 +132,24 @@ def chats(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """torch computes in as many threads as the test's parameter says: `make test` runs everything else in one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """What a caller may have set torch's default to."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """pytest's, which listens at the root, where a run's lines don't come."""
     logger, propagate = logging.getLogger("phinetune"), logging.getLogger("phinetune").propagate

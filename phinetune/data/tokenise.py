@@ -12,7 +12,6 @@ import queue
 import re
 import shutil
 import tempfile
-import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +27,11 @@ from phinetune.data.store import MANIFEST, Piece, Store, StoreWriter
 from phinetune.data.worker import Task, Worker, WorkerProcess
 from phinetune.disk import naming_full_disk
 from phinetune.errors import DataError
-from phinetune.files import cache_folder, sha256_of
+from phinetune.files import cache_folder, mark_used, remove_unused, sha256_of
 
 log = logging.getLogger(__name__)
 
 WORTH_PROCESSES = 8 << 20  # bytes of data above which starting processes pays
-KEPT_UNUSED = 30 * 86400  # seconds after which tokenised data that nobody read is removed
 OWN_NAME = re.compile(r"[0-9a-f]{32}|\.tmp-\w+")
 # Settings that no token depends on.
 NOT_IN_KEY = {
@@ -124,8 +122,7 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
     root = cache_folder() / "data"
     folder = root / cache_key(task)
     if folder.exists():
-        with suppress(OSError):  # somebody else's, whom it is to be read by all the same
-            os.utime(folder)
+        mark_used(folder)
         with suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             store = Store(folder)
             if store.is_whole():
@@ -134,7 +131,7 @@ def tokenised(task: Task, on_progress: Callable[[int], None] = lambda done: None
         shutil.rmtree(folder, ignore_errors=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_unused(root)
+        remove_unused(root, OWN_NAME)
         work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
     except OSError as error:
         raise DataError(str(root), f"can't be written ({error.strerror})", "set PHINETUNE_CACHE") from None
@@ -173,13 +170,3 @@ def _code() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _remove_unused(root: Path) -> None:
-    """Tokenised data that nobody has read for a month, and what a killed process left behind then."""
-    for path in root.iterdir():
-        if not OWN_NAME.fullmatch(path.name):  # the user's, in a folder that is called as ours
-            continue
-        with suppress(FileNotFoundError):  # another process's, renamed or removed just now
-            if time.time() - path.stat().st_mtime > KEPT_UNUSED:
-                shutil.rmtree(path, ignore_errors=True)

@@ -9,13 +9,14 @@ run it as it is.
 import functools
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from phinetune.kernels.native import find_compiler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
@@ -56,8 +57,7 @@ def can_compile(device: str = "cpu") -> bool:
     """Whether there is a compiler for this kind of device that makes something; PHINETUNE_COMPILE=0 does without."""
     if os.environ.get("PHINETUNE_COMPILE", "1") == "0":
         return False
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if device == "cpu" and compiler is None:
+    if device == "cpu" and not find_compiler():
         log.warning("no C++ compiler (g++, clang++): elementwise passes aren't fused, which makes training slower")
         return False
     try:

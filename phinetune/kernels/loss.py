@@ -43,7 +43,7 @@ def linear_cross_entropy_sum(
 @torch.no_grad()
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """−log softmax(hidden Wᵀ)[target] of each of N tokens: (N,) in fp32, without a gradient."""
-    once_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
+    once_N = torch.ones(len(hidden_ND), device=hidden_ND.device, dtype=torch.float32)
     log_p = [log_p_C for log_p_C, _ in _chunks(hidden_ND, weight_VD, targets_N, once_N, None)]
     return -torch.cat(log_p).float() if log_p else once_N
 
@@ -129,7 +129,7 @@ def _native_chunk(
 ) -> Tensor:
     """The same in C++, without a copy of the weight."""
     sizes = *hidden_CD.shape, len(weight_VD), torch.get_num_threads()
-    lse_C, log_p_C = torch.empty(len(hidden_CD)), torch.empty(len(hidden_CD))
+    lse_C, log_p_C = hidden_CD.new_empty(2, len(hidden_CD), dtype=torch.float32).unbind()
     targets_C = targets_C.long().contiguous()
     if targets_C.min() < 0 or targets_C.max() >= len(weight_VD):
         least, most = int(targets_C.min()), int(targets_C.max())
@@ -153,7 +153,7 @@ _held = threading.local()  # what a thread computes in isn't another's
 
 
 def _workspace(elements: int, like: Tensor) -> Tensor:
-    """Working memory in the dtype of `like`. On a CPU it is one piece for the whole process: pieces that come and go
+    """Working memory in the dtype of `like`. On a CPU it is one lasting piece a thread: pieces that come and go
     leave holes in the heap that nothing else of their size fills."""
     if like.device.type != "cpu":
         return like.new_empty(elements)
@@ -161,7 +161,7 @@ def _workspace(elements: int, like: Tensor) -> Tensor:
     held: Tensor | None = getattr(_held, "bytes", None)
     if held is None or held.numel() < need:
         with torch.inference_mode(False):  # it may be written to outside of it, later
-            held = _held.bytes = torch.empty(need, dtype=torch.uint8)
+            held = _held.bytes = torch.empty(need, dtype=torch.uint8, device="cpu")
     return held[:need].view(like.dtype)
 
 

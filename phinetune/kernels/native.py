@@ -11,24 +11,28 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from phinetune.files import cache_folder
+from phinetune.files import cache_folder, mark_used, remove_unused
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
 KERNELS = ("attention", "decoder", "loss", "products")
 IN_FLOAT32 = ("attention",)  # are for float32, too, where products are in it anyway
 INSTRUCTIONS = {"avx512_bf16": 2, "avx2": 4}  # the best first; bytes of an element as products in them read it
+OWN_NAME = re.compile(r"\w+-[0-9a-f]{16}\.(so|sha256)|tmp\w+")  # what lies in the cache's folder
 log = logging.getLogger(__name__)
+_calls = threading.Lock()
 
 
 def library(name: str, dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL | None:
@@ -46,15 +50,26 @@ def _library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
         log.warning(f"no C++ compiler (g++, clang++), so the kernel {name!r} isn't used, which makes training slower")
         return None
     try:
-        found = ctypes.CDLL(str(_compile(name, dtype, compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        log.warning(
-            f"{compiler[0]} doesn't make the kernel {name!r} ({said[0] if said else error}): training is slower"
-        )
+        made = _compile(name, dtype, compiler)
+    except _CannotCompile as error:
+        log.warning(f"{compiler[0]} doesn't make the kernel {name!r} ({error}): training is slower")
+        return None
+    except OSError as error:
+        _say_no_folder(f"{cache_folder() / 'kernels'} can't be written ({error.strerror or error})")
+        return None
+    try:
+        found = ctypes.CDLL(str(made))
+    except OSError as error:  # a volume without leave to execute, say
+        _say_no_folder(f"{made} can't be loaded ({error})")
         return None
     found.was_refused.restype = ctypes.c_bool
     return found
+
+
+@functools.cache
+def _say_no_folder(what: str) -> None:
+    """Once for all kernels."""
+    log.warning(f"{what}, so C++ kernels aren't used, which makes training slower: set PHINETUNE_CACHE")
 
 
 def prepare(device: torch.device) -> None:
@@ -83,8 +98,10 @@ def call(name: str, function: str, *arguments: Any, dtype: torch.dtype = torch.b
     """
     found = library(name, dtype)
     assert found is not None, f"{name} isn't compiled for {dtype}"
-    getattr(found, function)(*map(_as_c, arguments))
-    if found.was_refused():
+    with _calls:  # whose memory was refused is asked of the library
+        getattr(found, function)(*map(_as_c, arguments))
+        refused = found.was_refused()
+    if refused:
         raise MemoryError(f"{function} was refused memory")
 
 
@@ -96,7 +113,13 @@ def _as_c(argument: Any) -> Any:
 
 def find_compiler() -> list[str]:
     """The command that compiles C++: `CXX` where it is set, else g++ or clang++; empty where there is none."""
-    return shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
+    asked = os.environ.get("CXX")
+    if not asked:
+        return [found] if (found := shutil.which("g++") or shutil.which("clang++")) else []
+    try:
+        return shlex.split(asked)
+    except ValueError:  # a quote that isn't closed: it is no command, which is said where it is run
+        return [asked]
 
 
 def instructions() -> str | None:
@@ -112,10 +135,29 @@ def element_bytes() -> int:
 def _is_for(name: str, dtype: torch.dtype) -> bool:
     if dtype is torch.float32:
         return name in IN_FLOAT32 and instructions() == "avx2"
-    return dtype is torch.bfloat16 and instructions() is not None
+    is_wanted = name != "products" or is_emulated(dtype)
+    return dtype is torch.bfloat16 and instructions() is not None and is_wanted
+
+
+@functools.cache
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU's products of a dtype are left to torch's element-wise loops, oneDNN having none."""
+    if dtype is torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+class _CannotCompile(Exception):
+    """What the compiler says, in a line."""
 
 
 def _compile(name: str, dtype: torch.dtype, compiler: list[str]) -> Path:
+    """The library's file, from the cache or made now.
+
+    Raises:
+        _CannotCompile: if the compiler doesn't make it.
+        OSError: if it can't be kept.
+    """
     files = sorted(SOURCES.glob("*.h")) + [SOURCES / f"{name}.cpp"]
     flags = [*FLAGS, f"-DPRODUCTS_IN_{(instructions() or '').upper()}"]
     if dtype is torch.float32:
@@ -131,12 +173,15 @@ def _compile(name: str, dtype: torch.dtype, compiler: list[str]) -> Path:
     folder = cache_folder() / "kernels"
     made = folder / f"{name}-{digest}.so"
     if _is_whole(made):
+        mark_used(made)
+        mark_used(_of_contents(made))
         return made
     folder.mkdir(parents=True, exist_ok=True)
+    remove_unused(folder, OWN_NAME)
     with tempfile.TemporaryDirectory(dir=folder) as working:  # renamed when whole: others may be at it, too
         unfinished = Path(working) / made.name
         command = [*compiler, *flags, str(files[-1]), "-o", str(unfinished)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        _run(command)
         own = Path(working) / _of_contents(made).name
         own.write_text(hashlib.sha256(unfinished.read_bytes()).hexdigest(), encoding="utf-8")
         unfinished.replace(made)
@@ -151,14 +196,23 @@ def _of_contents(made: Path) -> Path:
 def _is_whole(made: Path) -> bool:
     """Whether it is what was compiled: to load what was cut short, when the power went, say, ends the process."""
     try:
-        return hashlib.sha256(made.read_bytes()).hexdigest() == _of_contents(made).read_text(encoding="utf-8")
+        return hashlib.sha256(made.read_bytes()).hexdigest().encode() == _of_contents(made).read_bytes()
     except OSError:
         return False
 
 
 @functools.cache
 def _version(*compiler: str) -> str:
-    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return _run([*compiler, "--version"])
+
+
+def _run(command: list[str]) -> str:
+    """What it prints. Raises _CannotCompile."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise _CannotCompile(said[0] if said else str(error)) from None
 
 
 def _processor() -> str:

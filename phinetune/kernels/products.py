@@ -16,7 +16,6 @@ torch does, in panels:
 """
 
 import ctypes
-import functools
 import math
 from collections.abc import Iterator
 
@@ -102,12 +101,4 @@ def _is_native(a_MK: Tensor, b_KN: Tensor, y_MN: Tensor) -> bool:
 def _is_left_to_us(a_MK: Tensor) -> bool:
     if torch.compiler.is_compiling():  # a graph should hold the product and not its panels
         return False
-    return a_MK.device.type == "cpu" and is_emulated(a_MK.dtype)
-
-
-@functools.cache
-def is_emulated(dtype: torch.dtype) -> bool:
-    """Whether this CPU's products of a dtype are left to torch's element-wise loops, oneDNN having none."""
-    if dtype is torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return a_MK.device.type == "cpu" and native.is_emulated(a_MK.dtype)

@@ -163,7 +163,7 @@ class _LowRank(ctypes.Structure):
 
 class _Projection(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int) for name in ("inputs", "outputs", "ranks", "weight_count", "block_count")),
+        *((name, ctypes.c_int) for name in ("inputs", "outputs", "ranks", "block_count")),
         ("keep_scale", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("weights", "rows", "bias", "lora_A", "lora_B", "blocks", "keep")),
     ]
@@ -197,7 +197,6 @@ class _Asked:
             part.weights[0].shape[1],
             self.outputs,
             self.ranks,
-            len(rows),
             0 if blocks is None else len(blocks),
             1 / max(1 - part.dropout_p, 1e-12),
             *map(_address, self.held),
@@ -211,7 +210,7 @@ class _Asked:
         if self.part.factors is None:
             return None, None
         lora_A, lora_B = self.part.factors[:2]
-        return torch.empty(lora_A.shape), torch.zeros(lora_B.shape)
+        return lora_A.new_empty(lora_A.shape, dtype=torch.float32), lora_B.new_zeros(lora_B.shape, dtype=torch.float32)
 
     def as_trained(self, dA: Tensor | None, dB: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """In the dtypes of A and B."""

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phinetune.data import Example
-from phinetune.kernels.products import is_emulated, product
+from phinetune.kernels.native import is_emulated
+from phinetune.kernels.products import product
 from phinetune.model import flat_batches
 from phinetune.train.loop import training_step
 

@@ -1,6 +1,7 @@
 """The C++ kernels: packed attention and the loss head against float64, and what happens where they can't be made."""
 
 import itertools
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phinetune.kernels import attention, flash, loss, native, separate
+
+
+def test_what_this_machine_can_compile_is_there():
+    """Else the tests below would be skipped, and a fault in a kernel's source be seen by nobody."""
+    if native.instructions() is None or not native.find_compiler() or os.environ.get("PHINETUNE_COMPILE") == "0":
+        pytest.skip("no instructions or no compiler")
+    for name in native.KERNELS:
+        assert native.library(name) is not None or name == "products"
+    assert (native.library("products") is not None) == native.is_emulated(torch.bfloat16)
+    assert (native.library("attention", torch.float32) is not None) == (native.instructions() == "avx2")
+
 
 needs_kernels = pytest.mark.skipif(
     native.library("attention") is None, reason="the C++ kernels need AVX512-BF16 or AVX2 and a C++ compiler"
@@ -103,10 +115,36 @@ def test_attention_over_any_tree(dtype, data, lengths, heads, window):
     check_attention(paths, *heads, 32, 32, window, dtype)
 
 
+@of_both_dtypes
+@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("heads", [(3, 1), (6, 2), (8, 8)], ids=str)
+@pytest.mark.parametrize("paths", [TREE, separate([0, 1, 64, 193, 450])], ids=["tree", "separate"])
+def test_attention_by_several_threads(paths, heads, threads, dtype):
+    check_attention(paths, *heads, 32, 32, None, dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("tokens", [1, 7, 230])
+def test_the_loss_head_by_several_threads(monkeypatch, tokens, threads):
+    check_loss_head(monkeypatch, tokens, 321)
+
+
+@needs_kernels
+@pytest.mark.parametrize("default_dtype", [torch.bfloat16, torch.float64], indirect=True)
+def test_a_callers_default_dtype_is_nothing_to_kernels(monkeypatch, default_dtype):
+    check_loss_head(monkeypatch, 230, 1000)
+    check_attention(TREE, 4, 2, 32, 32, None, torch.bfloat16)
+
+
 @needs_kernels
 @pytest.mark.parametrize("vocabulary", [1, 50, 64, 321, 1000])
 @pytest.mark.parametrize("tokens", [1, 7, 230])
 def test_the_loss_head(monkeypatch, tokens, vocabulary):
+    check_loss_head(monkeypatch, tokens, vocabulary)
+
+
+def check_loss_head(monkeypatch, tokens, vocabulary):
     monkeypatch.setattr(
         loss, "CHUNK_BYTES", 2 * vocabulary * 100
     )  # a hundred tokens a chunk: more than a strip of rows
@@ -144,7 +182,8 @@ def test_the_many_words_of_little_probability_count():
 
 
 @of_both_dtypes
-def test_the_same_bits_again(dtype):
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_the_same_bits_again(dtype, threads):
     """Sums don't depend on which thread is first."""
     torch.manual_seed(0)
     qkv, angles = torch.randn(510, 12, 64).to(dtype), torch.randn(510, 32)
@@ -162,7 +201,7 @@ def test_the_same_bits_again(dtype):
 @of_both_dtypes
 def test_what_is_not_finite_is_seen(dtype):
     qkv = torch.randn(40, 6, 16).to(dtype)
-    qkv[7, 4, 3] = torch.nan  # a value of the first key-value head
+    qkv[7, 4, 3] = torch.nan  # a key
     out = attention.rotary_attention(
         qkv.flatten(1), torch.ones(40, 16), torch.zeros(40, 16), 1, separate([0, 20, 40]), 1.0
     )
@@ -175,7 +214,13 @@ def test_what_is_not_finite_is_seen(dtype):
 
 @pytest.mark.parametrize(
     ("environment", "said"),
-    [({"PHINETUNE_COMPILE": "0"}, None), ({"CXX": "/bin/false"}, "/bin/false"), ({"CXX": "/no/such"}, "No such file")],
+    [
+        ({"PHINETUNE_COMPILE": "0"}, None),
+        ({"CXX": "/bin/false"}, "/bin/false"),
+        ({"CXX": "/no/such"}, "No such file"),
+        ({"CXX": "g++ '"}, "No such file"),
+        ({"PHINETUNE_CACHE": "/dev/null"}, "/dev/null/kernels can't be written"),
+    ],
 )
 def test_without_a_compiler_there_are_no_kernels(environment, said, tmp_path):
     code = "import logging; logging.basicConfig(); from phinetune.kernels import native; print(native.library('loss'))"
@@ -196,6 +241,17 @@ def test_a_kernel_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
     made.write_bytes(made.read_bytes()[: whole // 2])  # which would end the process, if it were loaded
     assert native._compile("loss", torch.bfloat16, native.find_compiler()) == made
     assert made.stat().st_size == whole
+    made.with_suffix(".sha256").write_bytes(b"\xff" * 64)
+    old, users, left = (
+        tmp_path / "kernels" / f"loss-{'0' * 16}.so",
+        tmp_path / "kernels" / "mine.so",
+        made.parent / "tmpab",
+    )
+    old.touch(), users.touch(), left.mkdir()
+    for path in (old, users, left):
+        os.utime(path, (0, 0))
+    assert native._compile("loss", torch.bfloat16, native.find_compiler()) == made
+    assert (old.exists(), users.exists(), left.exists()) == (False, True, False), "what nobody used for a month"
 
 
 def test_a_tensor_that_lies_nowhere_is_not_plain():

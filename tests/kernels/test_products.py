@@ -14,9 +14,21 @@ from phinetune.kernels import products
 )
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)])
 def test_products_and_sums(monkeypatch, dtype, by, shape, transposed):
+    check_products(monkeypatch, dtype, by, shape, transposed)
+
+
+@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)])
+def test_products_by_several_threads(monkeypatch, transposed, threads):
+    check_products(monkeypatch, torch.bfloat16, "C++", (300, 70, 250), transposed)
+
+
+def check_products(monkeypatch, dtype, by, shape, transposed):
     monkeypatch.setattr(products, "_is_left_to_us", lambda a: by != "torch")
     if by == "panels":
         monkeypatch.setattr(products.native, "library", lambda name: None)
+    if by == "C++" and (dtype is not torch.bfloat16 or products.native.library("products") is None):
+        pytest.skip("no C++ product here")
     monkeypatch.setattr(products, "PANEL_BYTES", 100_000)
     torch.manual_seed(0)
     m, k, n = shape

@@ -86,6 +86,32 @@ def test_norm_and_layers_side_by_side(tokens, ranks):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("rank", [0, 7, 16])
 def test_layer_and_residual(tokens, rank):
+    check_layer_and_residual(tokens, rank)
+
+
+@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+def test_layers_by_several_threads(threads):
+    check_layer_and_residual(400, 7)
+    test_norm_and_layers_side_by_side(97, (20, 5, 33))
+
+
+@pytest.mark.parametrize("default_dtype", [torch.bfloat16, torch.float64], indirect=True)
+def test_a_callers_default_dtype_is_nothing_to_kernels(default_dtype):
+    torch.manual_seed(0)
+    layer = linear_of(80, 64, 16)
+    given = layer._replace(
+        factors=layer.factors._replace(
+            lora_A=layer.factors.lora_A.detach().float().requires_grad_(),
+            lora_B=layer.factors.lora_B.detach().float().requires_grad_(),
+        )
+    )
+    (x, x64), (residual, residual64) = inputs(400, 80), inputs(400, 64)
+    y = decoder.linear_add(x, residual, given)
+    exact = Exact(given)
+    compare(y, [given], exact, x, torch.randn_like(y), y, exact(0, x64) + residual64, x64)
+
+
+def check_layer_and_residual(tokens, rank):
     torch.manual_seed(0)
     layer, (x, x64) = linear_of(80, 64, rank), inputs(tokens, 80)
     residual, residual64 = inputs(tokens, 64)

@@ -26,7 +26,7 @@ struct LowRank {  // columns of y, rows of A, where B's elements begin
 };
 
 struct Projection {
-    int inputs, outputs, ranks, weight_count, block_count;
+    int inputs, outputs, ranks, block_count;
     float keep_scale;
     const bf16* const* weights;
     const int* rows;  // of each weight
