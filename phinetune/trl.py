@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from phinetune.model.accelerate import LeanCausalLM
+from phinetune.model.accelerate import IGNORED, LeanCausalLM
 
 
 class ModelLoss:
@@ -36,6 +36,9 @@ class ModelLoss:
         if special or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         inputs = {**inputs, "use_cache": False}
-        if not return_outputs and any(isinstance(module, LeanCausalLM) for module in model.modules()):
-            inputs["skip_logits"] = True  # of held-out rows, too
+        if any(isinstance(module, LeanCausalLM) for module in model.modules()):
+            if not return_outputs:
+                inputs["skip_logits"] = True  # of held-out rows, too
+            if not num_items_in_batch and "labels" in inputs:  # nothing learnt is no loss, as in TRL
+                num_items_in_batch = max(1, int((inputs["labels"][:, 1:] != IGNORED).sum()))
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)

@@ -14,11 +14,14 @@ Shape suffixes: B rows, W columns of the padded batch, T tokens of the line, D h
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GenericForQuestionAnswering
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel
@@ -47,14 +50,19 @@ def accelerate(model: Model) -> Model:
     the fast path whose base weights are frozen and in the dtype that is computed in (that of autocast, where it is on).
     While a model trains, a call with `labels` gives the loss without logits; `skip_logits=False` gives both.
     Parameters, state dict, `save_pretrained` and `generate` stay what they are.  Attention is computed by phinetune, so
-    there are no attention weights to return: `model.set_attn_implementation("eager")` brings them, and the plain way.
+    there are no attention weights to return: `model.set_attn_implementation("eager")` brings them, and the plain way;
+    so does "sdpa", which `generate_batch` wants.
 
     Returns:
         The same object, changed in place. A second call changes nothing.
     """
     attention.register()
     installed = fast.install(model)
-    changed: list[Any] = [module for module in model.modules() if type(module) in ACCELERATED]
+    # Softmax over a row's places, padding's among them, is over what these have there.
+    answers = {
+        id(m) for asked in model.modules() if isinstance(asked, GenericForQuestionAnswering) for m in asked.modules()
+    }
+    changed: list[Any] = [m for m in model.modules() if type(m) in ACCELERATED and id(m) not in answers]
     for module in changed:
         module.__class__ = ACCELERATED[type(module)]
         if module.config._attn_implementation in REPLACED:
@@ -63,6 +71,8 @@ def accelerate(model: Model) -> Model:
     if not backbones:
         kinds = ", ".join(sorted(base.__name__ for base in ACCELERATED if issubclass(ACCELERATED[base], FlatBackbone)))
         log.warning(f"accelerate: {type(model).__name__} stays as it is: there is none of {kinds} in it")
+    if any("forward" in m.__dict__ for m in model.modules() if isinstance(m, InPlace)):
+        log.warning("accelerate: modules with a forward of their own, as device_map gives them, stay as they are")
     for backbone in backbones:
         if not takes_flat_batches(backbone):
             found = f"attention {backbone.config._attn_implementation!r}, dropout {backbone.config.attention_dropout}"
@@ -85,6 +95,9 @@ class FlatBackbone(InPlace):
 
     config: Any
     embed_tokens: Any
+    layers: Any
+    keeps_padding = False
+    """For a call, whether the hidden states of padding are computed, too."""
 
     def forward(
         self,
@@ -94,17 +107,16 @@ class FlatBackbone(InPlace):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        keep_padding: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, the hidden states (B, W, D) of padding zero; `keep_padding` computes those too.
+        """As transformers' own, the hidden states (B, W, D) of padding zero, but where it is kept.
 
         In training nothing is cached unless `use_cache` asks for it, whatever the config says.
         """
         if use_cache is None and self.training:
             use_cache = False
         line = None
-        if not (keep_padding or past_key_values is not None or inputs_embeds is not None or input_ids is None):
+        if not (self.keeps_padding or past_key_values is not None or inputs_embeds is not None or input_ids is None):
             wants_cache = self.config.use_cache if use_cache is None else use_cache
             if not wants_cache and self._takes_lines(kwargs):
                 line = line_of(input_ids, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
@@ -133,6 +145,7 @@ class FlatBackbone(InPlace):
         as_it_is = "paths" in kwargs or asked("output_hidden_states", False) or asked("output_attentions", False)
         plain = asked("return_dict", True) is not False and asked("is_causal", True) is not False
         as_it_is = as_it_is or torch.compiler.is_compiling() or self._is_told_of_rows()
+        as_it_is = as_it_is or not all(fast.is_known(getattr(layer, "self_attn", layer)) for layer in self.layers)
         return bool(plain and not as_it_is and takes_flat_batches(self))
 
     def _is_told_of_rows(self) -> bool:
@@ -152,6 +165,7 @@ class LeanCausalLM(InPlace):
     model: Any
     lm_head: Any
     loss_function: Any
+    has_said_so = False  # that labels have tokens that padding predicts
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -176,12 +190,12 @@ class LeanCausalLM(InPlace):
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache,
         }  # fmt: skip
-        if labels is not None and _learns_from_padding(labels, attention_mask):
-            kwargs["keep_padding"] = True
         keeps_some = isinstance(logits_to_keep, Tensor) or logits_to_keep != 0
-        if labels is None or not skip_logits or keeps_some or not self._has_plain_loss(kwargs):
-            return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
-        outputs = self.model(**inputs, **kwargs, return_dict=True)
+        is_plain = labels is not None and skip_logits and not keeps_some and self._has_plain_loss(kwargs)
+        with self._keeping_padding(labels, attention_mask):
+            if labels is None or not is_plain:
+                return super().forward(**inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+            outputs = self.model(**inputs, **kwargs, return_dict=True)
         loss = _mean_loss(outputs.last_hidden_state, self.lm_head.weight, labels, kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
             loss=loss,
@@ -190,12 +204,31 @@ class LeanCausalLM(InPlace):
             attentions=outputs.attentions,
         )
 
+    @contextmanager
+    def _keeping_padding(self, labels: Tensor | None, attention_mask: Any) -> Iterator[None]:
+        """Its hidden states count where a token is supervised that padding predicts, as wrong as they are."""
+        if labels is None or torch.compiler.is_compiling() or not _learns_from_padding(labels, attention_mask):
+            yield
+            return
+        if not self.has_said_so:
+            self.has_said_so = True
+            log.warning(
+                "accelerate: the labels have tokens that padding predicts, so padding is computed, too; with "
+                'tokenizer.padding_side = "right" there are none'
+            )
+        self.model.keeps_padding = True
+        try:
+            yield
+        finally:
+            del self.model.keeps_padding
+
     def _has_plain_loss(self, kwargs: dict[str, Any]) -> bool:
         head = self.lm_head
         learns = head.weight.requires_grad and torch.is_grad_enabled()
         plain = type(head) is nn.Linear and head.bias is None and not learns and not is_wrapped(head)
         as_it_is = "shift_labels" in kwargs or "ignore_index" in kwargs
         as_it_is |= not kwargs.get("return_dict", getattr(self.config, "return_dict", True))
+        as_it_is |= torch.compiler.is_compiling()
         return plain and not as_it_is and self.loss_function is ForCausalLMLoss
 
 
@@ -261,7 +294,7 @@ def _put_back(hidden_TD: Tensor, places: Tensor | None, shape: torch.Size) -> Te
 
 
 def _learns_from_padding(labels: Tensor, attention_mask: Any) -> bool:
-    """Whether a token is supervised that padding predicts: then padding's hidden states count, as wrong as they are."""
+    """Whether a token is supervised that padding predicts."""
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != labels.shape:
         return False
     return bool(((labels[:, 1:] != IGNORED) & (attention_mask[:, :-1].to(labels.device) == 0)).any())

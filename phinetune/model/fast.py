@@ -4,19 +4,24 @@
 
 They are subclasses of transformers' layers and hold the same modules, so state dicts, hooks on a layer, generation and
 everything that isn't a flat batch stay what they were: those go to the layer's own forward pass, which is also the
-reference.  `install` puts them in.
+reference.  `install` gives a model's layers that class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralDecoderLayer,
+    MistralMLP,
+    MistralRMSNorm,
+)
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer, Phi3MLP, Phi3RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
 from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
@@ -25,6 +30,7 @@ from phinetune.lora.functional import Projection, side_by_side
 from phinetune.model.in_place import InPlace
 from phinetune.model.projection import computing_dtype, projection_of
 
+ATTENTIONS = (LlamaAttention, MistralAttention, Phi3Attention, Qwen2Attention)
 MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
 
@@ -108,7 +114,10 @@ class FastLayer(InPlace):
         # Somebody else's, or watched by them.
         if type(mlp) not in MLPS or any(type(norm) not in NORMS for norm in norms) or any(map(_is_watched, own)):
             return None
-        if not hasattr(attention, "config") or not isinstance(activation, nn.SiLU | SiLUActivation):
+        if not is_known(attention) or not isinstance(activation, nn.SiLU | SiLUActivation):
+            return None
+        # Products that a checkpoint keeps by their name are changed in place here.
+        if "context_fn" in getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {}):
             return None
         config = attention.config
         if getattr(config, "attention_dropout", False):
@@ -133,9 +142,17 @@ class FastLayer(InPlace):
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody sees a module's calls; transformers' own recorders stay when nothing is recorded any more."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
     recorders = [hook for hook in module._forward_hooks.values() if hook.__module__.startswith("transformers.")]
     others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(others) or len(module._forward_hooks) > len(recorders) or "forward" in module.__dict__
+
+
+def is_known(attention: nn.Module) -> bool:
+    """Whether an attention module is causal and transformers' own: `paths` say nothing to any other."""
+    is_own = type(attention) in ATTENTIONS and "forward" not in attention.__dict__
+    return is_own and bool(getattr(attention, "is_causal", True))
 
 
 class FastLlamaDecoderLayer(FastLayer, LlamaDecoderLayer):
@@ -158,28 +175,17 @@ FAST_LAYERS = {base: cls for base, cls in InPlace.made.items() if issubclass(cls
 
 
 def install(model: nn.Module) -> int:
-    """Puts fast layers in the place of those that have one, wherever they are in a model; returns how many."""
-    installed = 0
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            fast = FAST_LAYERS.get(type(child))
-            if fast is not None:
-                setattr(parent, name, from_base(fast, child))
-                installed += 1
-    return installed
-
-
-def from_base(fast: type[nn.Module], layer: nn.Module) -> nn.Module:
-    """A layer of another class with the same modules, hooks and settings; nothing is copied."""
-    taken = fast.__new__(fast)
-    taken.__dict__ = dict(layer.__dict__)
-    return taken
+    """Makes fast layers of those that have such a class, wherever they are in a model; returns how many."""
+    return _change(model, FAST_LAYERS)
 
 
 def uninstall(model: nn.Module) -> None:
     """transformers' own layers again."""
-    plain = {fast: base for base, fast in FAST_LAYERS.items()}
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) in plain:
-                setattr(parent, name, from_base(plain[type(child)], child))
+    _change(model, {fast: base for base, fast in FAST_LAYERS.items()})
+
+
+def _change(model: nn.Module, to: Mapping[type[nn.Module], Any]) -> int:
+    found = [module for module in model.modules() if type(module) in to]
+    for module in found:
+        module.__class__ = to[type(module)]
+    return len(found)

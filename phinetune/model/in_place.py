@@ -25,5 +25,9 @@ class InPlace(nn.Module):
 
 def _empty(base: type[nn.Module]) -> nn.Module:
     """An object of our subclass of a class, whose state is to be set: what copies and pickles begin with."""
+    from phinetune.model import accelerate, attention  # the subclasses, in a process that has just begun
+
+    assert accelerate.ACCELERATED
+    attention.register()
     subclass: type[nn.Module] = InPlace.made[base]
     return subclass.__new__(subclass)

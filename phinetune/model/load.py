@@ -103,7 +103,7 @@ def _quantise(loaded: Any, model: str, kwargs: ModelKwargs, device: torch.device
     if came_in is not None or asked is None:
         return
     if asked == "8 bits" and device.type == "cpu":
-        quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.vocab_size))
+        quantise_layers(loaded, sample_ids(_any_tokenizer(model, kwargs), loaded.config.get_text_config().vocab_size))
     else:
         quantise_by_bitsandbytes(loaded, kwargs, device)
 
@@ -129,6 +129,7 @@ def _with_weights(model: str, source: "_Source", options: dict[str, Any]) -> Any
 
 def cut(config: Any, layers: int) -> None:
     """Leaves a configuration its first decoder layers."""
+    config = config.get_text_config()
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]

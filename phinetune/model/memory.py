@@ -43,7 +43,7 @@ def kept_by_a_layer(model: Any, batch: Batch) -> int:
     weights; under dropout a byte for each input of A.
     transformers' eager layers with LoRA layers in them keep about 18 hidden and 4 intermediate widths.
     """
-    config = model.config
+    config = _config(model)
     hidden, intermediate, element = int(config.hidden_size), _intermediate(config), _element(model)
     if not _has_fast_layers(model):
         return (18 * hidden + 4 * intermediate) * element * batch.tokens
@@ -71,7 +71,7 @@ def bytes_to_come(model: Any, batch: Batch, recomputed: int | None = None) -> in
     trained: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
     count = len(decoder_layers(model))
     recomputed = recomputed_layers(model) if recomputed is None else recomputed
-    inputs = int(model.config.hidden_size) * _element(model) * batch.tokens * recomputed
+    inputs = int(_config(model).hidden_size) * _element(model) * batch.tokens * recomputed
     kept: int = kept_by_a_layer(model, batch) * max(count - recomputed, 1 if recomputed else 0)
     scattered = SCATTERED if model.device.type == "cpu" else 1.0
     return 12 * trained + int((inputs + kept + _worked_with(model, batch)) * scattered)
@@ -79,7 +79,7 @@ def bytes_to_come(model: Any, batch: Batch, recomputed: int | None = None) -> in
 
 def _worked_with(model: Any, batch: Batch) -> int:
     """What is needed at once beside what is kept: by attention's backward pass, the MLP's, or the head."""
-    config, element = model.config, _element(model)
+    config, element = _config(model), _element(model)
     hidden, intermediate, on_cpu = int(config.hidden_size), _intermediate(config), bool(model.device.type == "cpu")
     attention = 0
     if _has_fast_layers(model):
@@ -156,16 +156,24 @@ def _has_flash(model: Any) -> bool:
     """Whether attention keeps nothing of the size of scores: our kernel's doesn't, nor does torch's on a GPU."""
     if model.device.type != "cpu":
         return True
-    return flash.serves(torch.empty(0, 1, _heads(model.config)[2], dtype=model.dtype))
+    return flash.serves(torch.empty(0, 1, _heads(_config(model))[2], dtype=model.dtype))
 
 
 def _is_blockwise(model: Any) -> bool:
     """Whether the MLP is the C++ kernel's."""
+    if not _has_fast_layers(model):
+        return False
     weights = [getattr(module, "weight", None) for module in decoder_layers(model)[0].modules()]
     plain = not any(isinstance(weight, QuantisedWeight) for weight in weights)
-    elements = 3 * int(model.config.hidden_size) * _intermediate(model.config)
+    config = _config(model)
+    elements = 3 * int(config.hidden_size) * _intermediate(config)
     served = model.device.type == "cpu" and model.dtype is torch.bfloat16 and blockwise.holds(elements)
-    return _has_fast_layers(model) and plain and served
+    return plain and served
+
+
+def _config(model: Any) -> Any:
+    """Of its language model, where there are others in it."""
+    return model.config.get_text_config()
 
 
 def _intermediate(config: Any) -> int:

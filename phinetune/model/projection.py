@@ -14,7 +14,8 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     """What products of `x` are computed in: autocast's dtype where it is on.  A fast path switches autocast off for
     itself and asks for weights of this dtype."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # there is none on meta
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
 def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
@@ -49,18 +50,18 @@ def _of_pefts(layer: Any) -> Projection | None:
     if type(base) is not nn.Linear or is_wrapped(base) or layer.merged or layer.lora_variant:
         return None
     names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
-    terms, dropout_p = [], 0.0
+    terms, dropouts = [], set()
     for name in names:
         lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if (
-            type(lora_A) is not nn.Linear
-            or lora_B.bias is not None
-            or not isinstance(dropout, nn.Dropout | nn.Identity)
-        ):
+        is_plain = type(lora_A) is type(lora_B) is nn.Linear and lora_B.bias is None
+        if not (is_plain and isinstance(dropout, nn.Dropout | nn.Identity)):
+            return None
+        if any(map(is_wrapped, (lora_A, lora_B, dropout))):
             return None
         r = lora_A.weight.shape[0]
         block = Block(slice(0, base.out_features), slice(0, r), slice(0, lora_B.weight.numel()), layer.scaling[name])
         terms.append((Factors(lora_A.weight, lora_B.weight, (block,)), 1.0))
-        if isinstance(dropout, nn.Dropout) and layer.training:
-            dropout_p = max(dropout_p, dropout.p)
-    return Projection((base.weight,), (base.bias,), stack(terms) if terms else None, dropout_p)
+        dropouts.add(dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0)
+    if len(dropouts) > 1:
+        return None
+    return Projection((base.weight,), (base.bias,), stack(terms) if terms else None, max(dropouts, default=0.0))

@@ -1,15 +1,21 @@
 """An accelerated model against the same model as transformers and PEFT run it."""
 
 import copy
+import functools
 import json
 import pickle
+import subprocess
+import sys
+import types
 import warnings
 
 import peft
 import pytest
 import torch
-from conftest import relative_error, tiny_model
-from transformers import Trainer, TrainingArguments
+from conftest import relative_error, tiny_config, tiny_model
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import LlamaForQuestionAnswering, Trainer, TrainingArguments
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 import phinetune
 from phinetune.model import attention, fast
@@ -396,6 +402,8 @@ def test_in_trls_trainer(tmp_path, smollm2_tokenizer, padding_free, lines):
     named = {"args": arguments, "eval_dataset": rows, "train_dataset": rows, "processing_class": smollm2_tokenizer}
     OwnLossTrainer(ours, **named).evaluate()
     assert logits and not any(one is not None for one in logits), "a loss alone needs none"
+    unlearnt = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
+    assert OwnLossTrainer(ours, **named).compute_loss(ours, unlearnt).item() == 0, "as in TRL"
 
 
 def test_a_window_that_llama_does_not_have():
@@ -486,3 +494,119 @@ def test_logits_of_some_places_while_it_trains():
     expected = model(input_ids=ids, logits_to_keep=places).logits
     found = phinetune.accelerate(model)(input_ids=ids, logits_to_keep=places).logits
     assert relative_error(found, expected) < 1e-5
+
+
+def attends_by_its_mask(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+    """An attention that reads the mask itself, as patches for long contexts do."""
+    shape = (*hidden_states.shape[:2], -1, self.head_dim)
+    q, k, v = (f(hidden_states).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+    k, v = (x.repeat_interleave(self.num_key_value_groups, 1) for x in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attention_mask, is_causal=attention_mask is None)
+    return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+@pytest.mark.parametrize("how", ["a forward of its own", "a class of its own", "not causal"])
+@pytest.mark.parametrize("kind", ["right", "no mask"])
+def test_an_attention_that_isnt_transformers_own_is_called(how, kind, lines):
+    plain = plain_model("llama")
+    for layer in plain.get_base_model().model.layers:
+        if how == "a forward of its own":
+            layer.self_attn.forward = types.MethodType(attends_by_its_mask, layer.self_attn)
+        elif how == "a class of its own":
+            layer.self_attn.__class__ = type("Mine", (LlamaAttention,), {"forward": attends_by_its_mask})
+        else:
+            layer.self_attn.is_causal = False
+    ours = phinetune.accelerate(plain_model("llama"))
+    for layer, other in zip(ours.get_base_model().model.layers, plain.get_base_model().model.layers, strict=True):
+        layer.self_attn = copy.deepcopy(other.self_attn)
+        if how == "a forward of its own":
+            layer.self_attn.forward = types.MethodType(attends_by_its_mask, layer.self_attn)
+    inputs = batch(kind)
+    assert ours(**inputs).loss.item() == pytest.approx(plain(**inputs, use_cache=False).loss.item(), rel=1e-5)
+    assert not lines
+
+
+def test_places_of_answers_are_over_padding_too():
+    """Softmax over a row's places, in the model for extractive answers."""
+    torch.manual_seed(0)
+    plain = LlamaForQuestionAnswering._from_config(tiny_config("llama", 500), attn_implementation="sdpa").train()
+    ours = phinetune.accelerate(copy.deepcopy(plain))
+    inputs = {name: value for name, value in batch("right").items() if name != "labels"}
+    inputs |= {"start_positions": torch.tensor([1, 2, 3, 4]), "end_positions": torch.tensor([2, 5, 6, 7])}
+    assert ours(**inputs).loss.item() == pytest.approx(plain(**inputs).loss.item(), rel=1e-6)
+
+
+def test_a_pickled_model_is_read_by_a_new_process(tmp_path):
+    model = phinetune.accelerate(plain_model("llama", with_peft=False))
+    torch.save(model, tmp_path / "whole.pt")
+    inputs = batch("right")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = (
+        f"import torch; model = torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False);"
+        f"print(model(**torch.load({str(tmp_path / 'inputs.pt')!r})).loss.item())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) == pytest.approx(model(**inputs).loss.item(), rel=1e-6)
+
+
+def test_modules_that_a_device_map_has_given_forwards_stay_as_they_are(caplog, lines):
+    plain, ours = plain_model("llama"), plain_model("llama")
+    for layer in ours.get_base_model().model.layers:  # as accelerate's hooks do
+        layer.forward = functools.partial(LlamaDecoderLayer.forward, layer)
+    layers = list(ours.get_base_model().model.layers)
+    phinetune.accelerate(ours)
+    assert "a forward of their own" in caplog.text
+    assert list(ours.get_base_model().model.layers) == layers, "whoever holds a layer goes on holding it"
+    inputs = batch("right")
+    assert ours(**inputs).loss.item() == pytest.approx(plain(**inputs, use_cache=False).loss.item(), rel=1e-5)
+    assert not lines
+
+
+def test_labels_that_padding_predicts_are_said_once(caplog):
+    model = phinetune.accelerate(tiny_model("llama", "sdpa")).train()
+    inputs = batch("left")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)  # a collator's
+    model(**inputs), model(**inputs)
+    assert caplog.text.count('tokenizer.padding_side = "right"') == 1
+    seen = []
+    model.loss_function = lambda logits, labels, vocab_size: seen.append(logits.shape) or logits.sum()
+    model(**inputs)
+    assert len(seen) == 1, "a loss of the caller's gets what transformers gives it"
+
+
+def test_checkpoints_that_keep_products(lines):
+    plain, ours = both("llama")
+    inputs = batch("right")
+    keeping = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    for model in (plain, ours):
+        model.enable_input_require_grads()
+        for layer in model.get_base_model().model.layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False, context_fn=keeping)
+        model(**inputs).loss.backward()
+    assert not lines
+    expected = gradients(plain)
+    for name, gradient in gradients(ours).items():
+        assert relative_error(gradient, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("how", ["a hook on A", "a global hook", "two dropouts"])
+def test_what_pefts_layers_do_more_is_done(how, lines):
+    plain, ours = both("llama")
+    inputs, calls, handles = batch("right"), [], []
+    if how == "two dropouts":
+        for model in (plain, ours):
+            model.add_adapter("other", peft.LoraConfig(r=2, lora_dropout=1e-9, target_modules="all-linear"))
+            model.base_model.set_adapter(["default", "other"])
+    elif how == "a hook on A":
+        layer = ours.get_base_model().model.layers[1].self_attn.q_proj
+        handles = [layer.lora_A["default"].register_forward_hook(lambda *call: calls.append(call))]
+    else:
+        handles = [torch.nn.modules.module.register_module_forward_hook(lambda *call: calls.append(call))]
+    loss = ours(**inputs).loss.item()
+    for handle in handles:
+        handle.remove()
+    assert loss == pytest.approx(plain(**inputs, use_cache=False).loss.item(), rel=1e-5)
+    assert bool(calls) == (how != "two dropouts")
+    assert len(lines) == (1 if how == "a hook on A" else 0)
