@@ -93,7 +93,7 @@ def load(source: str | Path, *, allow_template_mismatch: bool = False, **model_k
     Raises:
         phinetune.errors.InputError: if it can't be had.
     """
-    if is_adapter(source):
+    if is_adapter(source := Path(source).expanduser() if str(source).startswith("~") else source):
         recipe = recipe_of(Path(source))
         kwargs = make_model_kwargs(model_kwargs, recipe.model_kwargs if recipe else ModelKwargs())
         model, tokenizer = load_tuned(source, kwargs, allow_template_mismatch=allow_template_mismatch)
@@ -106,6 +106,7 @@ def load(source: str | Path, *, allow_template_mismatch: bool = False, **model_k
     return model, tokenizer
 
 
+_NONE = object()
 MERGED_DTYPES = ("auto", "bfloat16", "float16", "float32")
 ONTO = ("auto", "base", "dequantised")
 
@@ -139,7 +140,8 @@ def merge(
     for option, value, known in (("onto", onto, ONTO), ("dtype", dtype, MERGED_DTYPES)):
         if value not in known:
             raise RecipeError(option, f"is {value!r}", f"give one of {', '.join(known)}")
-    run = Path(run) if Path(run).name else Path(run).absolute()  # `.` has a name, too
+    run = Path(run).expanduser()
+    run = run if run.name not in ("", "..") else run.resolve()  # beside which the merged one is to lie
     recipe = recipe_of(run)
     kwargs = recipe.model_kwargs if recipe else ModelKwargs()
     if onto == "dequantised" and not kwargs.load_in_4bit:
@@ -181,6 +183,7 @@ def push(
         phinetune.errors.PhinetuneError: without a token or the Hub, or if that refuses.
     """
     check_repository(repository)
+    run, merged = Path(run).expanduser(), merged and Path(merged).expanduser()
     card = model_card(run, repository, merged=merged is not None)
     files = files_to_publish(Path(merged or run), merged=merged is not None)
     return publish(files, card, repository, private, token)
@@ -195,9 +198,10 @@ def _path_or_rows(source: Any) -> tuple[Any, Iterable[Any] | None]:
     if is_table(source):
         return f"{len(source):,} {FROM_PYTHON}", source
     rows = iter(source)
-    first = next(rows, None)
-    if isinstance(first, str | Path) or (isinstance(first, Mapping) and set(first) <= set(DataSource.model_fields)):
+    first = next(rows, _NONE)
+    is_source = isinstance(first, Mapping) and "path" in first and set(first) <= set(DataSource.model_fields)
+    if isinstance(first, str | Path) or is_source:
         items = [first, *rows]
         return [str(item) if isinstance(item, Path) else item for item in items], None
     count = f"{len(source):,} " if hasattr(source, "__len__") else ""
-    return f"{count}{FROM_PYTHON}", itertools.chain([] if first is None else [first], rows)
+    return f"{count}{FROM_PYTHON}", itertools.chain([] if first is _NONE else [first], rows)

@@ -56,7 +56,8 @@ def merge_adapter(
         AdapterError, ModelError: as `load_tuned`, or if `output` is there.
         RunError: if the disk has no room; nothing is left of the attempt.
     """
-    output = Path(output) if Path(output).name else Path(output).absolute()  # `.` has a name, too
+    output = Path(output).expanduser()
+    output = output if output.name not in ("", "..") else output.resolve()
     as_filed = _as_filed(folder, kwargs)
     if output.exists():
         _check_replaceable(output, overwrite)

@@ -1,7 +1,9 @@
 """The `phinetune` command. Heavy imports happen inside the verbs, so that `--help` answers at once."""
 
+import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,19 +36,22 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except PhinetuneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         code = error.exit_code
     except UsageError as error:
         where, what = error.ctx.command_path if error.ctx else "phinetune", error.format_message()
         if what:  # else a verb without its own has shown its help
-            print(f"error: {where}: {what}; see `{where} --help`", file=sys.stderr)
+            _say(f"error: {where}: {what}; see `{where} --help`")
         code = 2
     except (typer.Abort, KeyboardInterrupt):
-        print("stopped by SIGINT", file=sys.stderr)
+        _say("stopped by SIGINT")
         code = 130
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except OSError as error:
         where = error.filename or "phinetune"
-        print(f"error: {where}: {error.strerror or error}; make room or give another path", file=sys.stderr)
+        _say(f"error: {where}: {error.strerror or error}; make room or give another path")
         code = 1
     except (RuntimeError, MemoryError) as error:
         from phinetune.kernels.allocator import is_out_of_memory
@@ -54,10 +59,16 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         said = " ".join(str(error).split())
-        print(f"error: memory: was refused ({said}); `phinetune plan` says what needs less", file=sys.stderr)
+        _say(f"error: memory: was refused ({said}); `phinetune plan` says what needs less")
         code = 1
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # one that comes now ends the process without a traceback
     sys.exit(code)
+
+
+def _say(line: str) -> None:
+    """On standard error, where somebody still reads it."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr)
 
 
 def _show_version(wanted: bool) -> None:

@@ -41,15 +41,24 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """sha256 of what is trained on, token by token: a resumed run must see the same."""
-        digest = hashlib.sha256(self.train.store.digest.encode())
-        digest.update(np.asarray(self.train.indices, np.int64).tobytes())
-        if self.weights is not None:
-            digest.update(self.weights.tobytes())
-        return digest.hexdigest()
+        return _digest(self.train, self.weights)
+
+    @property
+    def held_out_fingerprint(self) -> str:
+        """sha256 of what is held out: evaluations of other rows aren't compared."""
+        return _digest(self.eval)
 
     def rejected(self) -> Iterator[Rejected]:
         """Every row left out, with the reason."""
         return itertools.chain.from_iterable(part.left_out() for part in self.parts)
+
+
+def _digest(examples: Examples, weights: Any = None) -> str:
+    digest = hashlib.sha256(examples.store.digest.encode())
+    digest.update(np.asarray(examples.indices, np.int64).tobytes())
+    if weights is not None:
+        digest.update(weights.tobytes())
+    return digest.hexdigest()
 
 
 def prepare(

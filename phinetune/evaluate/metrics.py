@@ -13,7 +13,7 @@ All but BLEU and chrF are the mean of a score for each answer.
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class Measured:
     tuned_interval: Interval
     difference_interval: Interval
     """Of tuned − base, with both resampled alike."""
+
+
+def check_metrics(metrics: Iterable[str]) -> None:
+    """Raises RecipeError if a library or a function of the user's isn't there."""
+    for metric in metrics:
+        _corpus_score(metric) if metric in CORPUS else _score(metric)
 
 
 def measure(metric: str, base: Sequence[str], tuned: Sequence[str], expected: Sequence[str]) -> Measured:
@@ -166,11 +172,7 @@ def _rouge(metric: str) -> Score:
 
 def _of_all_answers(metric: str, base: Sequence[str], tuned: Sequence[str], expected: Sequence[str]) -> Measured:
     """By sacrebleu, whose statistics of each answer are added up for each resample; its bootstrap is of one model."""
-    try:
-        from sacrebleu import metrics
-    except ImportError:
-        raise _missing(metric, "sacrebleu") from None
-    scorer = getattr(metrics, CORPUS[metric])()
+    scorer = _corpus_score(metric)
     statistics = [np.array(scorer._extract_corpus_statistics(list(said), [list(expected)])) for said in (base, tuned)]
 
     def both(rows: Any) -> list[float]:
@@ -181,6 +183,14 @@ def _of_all_answers(metric: str, base: Sequence[str], tuned: Sequence[str], expe
     scores = np.array([both(generator.integers(0, n, n)) for _ in range(RESAMPLES)])
     differences = scores[:, 1] - scores[:, 0]
     return Measured(of_base, of_tuned, _middle(scores[:, 0]), _middle(scores[:, 1]), _middle(differences))
+
+
+def _corpus_score(metric: str) -> Any:
+    try:
+        from sacrebleu import metrics
+    except ImportError:
+        raise _missing(metric, "sacrebleu") from None
+    return getattr(metrics, CORPUS[metric])()
 
 
 def _users(metric: str) -> Score:

@@ -203,8 +203,8 @@ def _origin(by: str, new: str, old: str) -> str:
 def _as_dict(section: str, value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
-    if isinstance(value, Mapping):
-        return {str(key): item for key, item in value.items()}
+    if isinstance(value, Mapping):  # sets, as `LoraConfig.to_dict` has them, have an order of their own in each process
+        return {str(key): sorted(item) if isinstance(item, set) else item for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         _check_kind(section, value, where)
         return _from_config_object(section, value)

@@ -6,6 +6,7 @@ into an error, a mapped name or a warning first.
 """
 
 import datetime
+import os.path
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from pydantic import (
 FROM_PYTHON = "rows from Python"  # how a recipe calls data that came as objects
 DATA_TYPES = ("auto", "bfloat16", "float32", "float16", "float64")
 Share = Annotated[float, Field(ge=0, lt=1)]
+FolderName = Annotated[str, AfterValidator(os.path.expanduser)]
 WarmupSteps = Annotated[float, Field(ge=0)]
 Policy = Literal["keep", "drop", "raise"]
 # YAML reads a bare `no` as false.
@@ -209,7 +211,7 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """How the run goes (names of TrainingArguments)."""
 
-    output_dir: str = "runs/mine"
+    output_dir: FolderName = "runs/mine"
     """Where everything is written."""
     overwrite_output_dir: bool = False
     """Empties an output folder that holds an earlier run."""
@@ -265,7 +267,7 @@ class TrainingConfig(Section):
     """Steps between lines; below 1, a share of all steps."""
     logging_first_step: bool = True
     """Also after step 1."""
-    logging_dir: str | None = None
+    logging_dir: FolderName | None = None
     """TensorBoard's folder; `output_dir/tensorboard` by default."""
     log_level: Literal["debug", "info", "warning", "error", "critical", "passive"] = "passive"
     """What train.log and the screen hold; `passive` is info."""

@@ -53,6 +53,11 @@ class Best:
         return self.keeps and self.step == step
 
     @property
+    def decides(self) -> bool:
+        """Whether anything goes by it: which adapter stays, or when the run ends."""
+        return self.keeps or self.patience is not None
+
+    @property
     def is_exhausted(self) -> bool:
         return self.patience is not None and self.without_gain >= self.patience
 

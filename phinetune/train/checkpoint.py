@@ -63,8 +63,7 @@ def save_checkpoint(
     keep: int | None,
     best: int | None = None,
 ) -> Path:
-    """Writes `folder/checkpoint-STEP`, then removes those of later steps, which are of a life that was given up for an
-    earlier checkpoint, and the oldest beyond `keep`, but not that of step `best`.
+    """Writes `folder/checkpoint-STEP`, then removes the oldest beyond `keep`, but not that of step `best`.
 
     Raises:
         RunError: if the disk has no room for it, or something in it isn't finite; what was there stays as it was.
@@ -98,18 +97,27 @@ def save_checkpoint(
         shutil.rmtree(work, ignore_errors=True)
         raise
     there = list_checkpoints(folder)
-    later, own = there[: there.index(final)], there[there.index(final) :]
-    for old in [*later, *own[len(own) if keep is None else max(keep, MINIMUM_KEPT) :]]:
+    for old in there[len(there) if keep is None else max(keep, MINIMUM_KEPT) :]:
         if old != checkpoint_of(folder, best):
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """What a checkpoint takes on disk: what trains, twice, and AdamW's two moments of it."""
+    """What a checkpoint takes on disk: what trains, AdamW's two moments of it, and the adapter as PEFT reads it."""
     trained: int = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
-    kept: int = sum(t.numel() * t.element_size() for t in lora.lora_state_dict(model).values())
-    return 3 * trained + max(trained, kept) + SMALL_FILES
+    return 3 * trained + adapter_bytes(model) + SMALL_FILES
+
+
+def adapter_bytes(model: nn.Module) -> int:
+    """What an adapter takes on disk: where parts of a fused layer have updates of their own, B is written as tall as
+    the layer and as wide as all of them together."""
+    size: int = sum(t.nbytes for t in _kept(model).values())
+    for _, layer in lora.lora_layers(model):
+        if isinstance(layer, lora.Linear):
+            lora_A, lora_B, _ = layer.factors()
+            size += max(0, layer.out_features * len(lora_A) - lora_B.numel()) * lora_B.element_size()
+    return size
 
 
 def most_at_once(saves: int, keep: int | None, keeps_best: bool) -> int:
@@ -176,15 +184,19 @@ def _tensor_fault(path: Path) -> str | None:
         return f"{path.name} can't be read ({error})"
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint that is whole.
-
-    Raises:
-        CheckpointError: if it isn't.
-    """
+def prove(checkpoint: Path) -> None:
+    """Raises CheckpointError unless a checkpoint is whole. Every byte of it is read."""
     fault = find_fault(checkpoint)
     if fault is not None:
         raise CheckpointError(str(checkpoint), f"can't be resumed: {fault}", "give an earlier checkpoint")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint that is proved.
+
+    Raises:
+        CheckpointError: if it is of no run.
+    """
     try:
         state = read_json(checkpoint / STATE)
     except Untrusted as error:
@@ -195,18 +207,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Puts what trains and AdamW's moments back, bit for bit.
+    """Puts what trains and AdamW's moments back, bit for bit, from a checkpoint that is proved.
 
     The adapter's own files are for others: what they round or fold isn't read back here.
 
     Raises:
-        CheckpointError: if it isn't whole, or doesn't fit the model.
+        CheckpointError: if it doesn't fit the model.
     """
-    read_state(checkpoint)
     trained = trainable_parameters(model)
     try:
         parameters, moments = load_file(checkpoint / PARAMETERS), load_file(checkpoint / OPTIMIZER)
-        if foreign := parameters.keys() - _parameters(model).keys():
+        if foreign := parameters.keys() - _kept(model).keys():
             raise RuntimeError(f"{PARAMETERS} holds {min(foreign)}, which isn't trained")
         for key, value in moments.items():
             owner = trained.get(key.rpartition(".")[0])
@@ -232,8 +243,11 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
 
 def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """What trains, and what PiSSA and OLoRA began with."""
-    tensors = {**lora.lora_state_dict(model), **trainable_parameters(model)}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in _kept(model).items()}
+
+
+def _kept(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**lora.lora_state_dict(model), **trainable_parameters(model)}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from phinetune.data import Prepared, write_ledgers
 from phinetune.disk import naming_full_disk, write_text
 from phinetune.errors import RecipeError
@@ -88,7 +90,8 @@ def _check_content(folder: Path, where: str, resume: bool, overwrite: bool) -> N
         return
     if not overwrite:
         raise RecipeError(where, "is not empty", "use --resume, --overwrite or another output_dir")
-    if not all((folder / name).is_file() for name in ("recipe.yaml", "ledger.json", "train.log")):
+    has_most = all((folder / name).is_file() for name in ("recipe.yaml", "ledger.json", "train.log"))
+    if not (_read_about(folder) or has_most):
         raise RecipeError(where, "holds no run of phinetune's, so it is not emptied", "give another output_dir")
 
 
@@ -105,7 +108,7 @@ def begun(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: b
     about = _about(folder, recipe, goes_on)
     with naming_full_disk(folder):
         # First, since a folder that has it is known as a run's, however early that was killed.
-        write_text(folder / ABOUT, json.dumps(about, indent=2, default=lambda value: value.model_dump()) + "\n")
+        write_text(folder / ABOUT, json.dumps(about, indent=2, default=_as_json) + "\n")
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
         tokenizer.save_pretrained(folder)
@@ -115,6 +118,16 @@ def begun(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: b
             if unlike:
                 log.warning(f"earlier updates of this run were made with {', '.join(unlike)}, and rounded as it does")
         yield about["begun"]
+
+
+def give_up_later(folder: Path, step: int, is_over: bool) -> None:
+    """Removes what a later life wrote that is given up for a checkpoint of an earlier step: its checkpoints, and the
+    summary of a run that isn't done any more."""
+    for path in list_checkpoints(folder):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    if not is_over:
+        (folder / "summary.json").unlink(missing_ok=True)
 
 
 def _about(folder: Path, recipe: Recipe, goes_on: bool) -> dict[str, Any]:
@@ -134,6 +147,10 @@ def _about(folder: Path, recipe: Recipe, goes_on: bool) -> dict[str, Any]:
     }
 
 
+def _as_json(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, BaseModel) else str(value)
+
+
 def _made_with(about: dict[str, Any]) -> dict[str, Any]:
     """{package, python, system or device: which} of run.json"""
     return {**about.get("versions", {}), **{name: about.get(name) for name in (*machine.system(), "device")}}
@@ -151,7 +168,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 def _remove_run(folder: Path) -> None:
     """Removes what an earlier run wrote, by name; anything else in the folder is somebody else's."""
-    for path in [*list_checkpoints(folder), *(path for pattern in WRITTEN for path in folder.glob(pattern))]:
+    found = [*list_checkpoints(folder), *(path for pattern in WRITTEN for path in folder.glob(pattern))]
+    for path in sorted(found, key=lambda path: path.name == ABOUT):  # by which it is known as a run, to the last
         if path.is_dir():
             shutil.rmtree(path)
         else:

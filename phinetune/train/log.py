@@ -5,19 +5,38 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from phinetune.disk import naming_full_disk, replacing
 from phinetune.recipe import Recipe
+from phinetune.train.signals import Signals
 from phinetune.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
-console = Console(stderr=True, highlight=False, force_jupyter=False)
+
+
+class Screen:
+    """Standard error, whose reader may be gone, as `tee` is behind Ctrl-C: then a run goes on with train.log alone."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+console = Console(file=cast(IO[str], Screen()), highlight=False, force_jupyter=False)
 
 
 @contextmanager
@@ -42,7 +61,7 @@ def run_log(folder: Path, level: str) -> Iterator[None]:
     """
     logger = logging.getLogger("phinetune")
     screen = _Screen()
-    file = _File(folder / "train.log", encoding="utf-8")
+    file = _File(folder / "train.log", encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = logger.level, logger.propagate
     logger.propagate = False
@@ -86,14 +105,17 @@ class MetricsWriter:
         begun: when the run began.
         first_step: behind which it goes on.
         is_evaluated: whether the evaluation behind that step, where there is one, is done with.
+        signals: that wait until trackers have sent what they hold.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, begun: str, first_step: int, is_evaluated: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, begun: str, first_step: int, is_evaluated: bool, signals: Signals
+    ) -> None:
         self._path = folder / METRICS
         if first_step > 0 and self._path.exists():
             self._forget_after(first_step, is_evaluated)
         self._file = self._path.open("ab" if first_step > 0 else "wb", buffering=0)  # a line is written or isn't
-        self._trackers = Trackers(recipe, folder, begun, first_step)
+        self._trackers, self._signals = Trackers(recipe, folder, begun, first_step), signals
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         line = (json.dumps(dict(metrics)) + "\n").encode()
@@ -107,7 +129,8 @@ class MetricsWriter:
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
-        self._trackers.close()
+        with self._signals.deferred():
+            self._trackers.close()
 
     def _forget_after(self, step: int, is_evaluated: bool) -> None:
         """A resumed run writes the steps after its checkpoint again, and what it has still to evaluate."""

@@ -6,9 +6,9 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +18,18 @@ from phinetune.data import Example, Plan, supervised_tokens
 from phinetune.errors import CheckpointError, RunError, Stopped
 from phinetune.evaluate import evaluate_loss
 from phinetune.kernels.allocator import is_out_of_memory
-from phinetune.model import flat_batches, loss_sum
+from phinetune.model import flat_batches, loss_sum, takes_flat_batches
 from phinetune.model.memory import Batch
-from phinetune.recipe import Recipe, TrainingConfig
+from phinetune.recipe import Recipe
 from phinetune.train.best import Best
-from phinetune.train.checkpoint import Base, checkpoint_of, load_checkpoint, read_state, save_checkpoint
+from phinetune.train.checkpoint import Base, checkpoint_of, load_checkpoint, prove, save_checkpoint
 from phinetune.train.log import MetricsWriter, ProgressBar
 from phinetune.train.numbers import REMEMBERED, is_jump, name_fault, worst_rows
 from phinetune.train.optimiser import trainable_parameters
+from phinetune.train.progress import Counters, Progress
 from phinetune.train.schedule import Schedule
 from phinetune.train.signals import Interrupted, Signals
-from phinetune.train.usage import NOTHING, Usage
+from phinetune.train.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def training_step(
 
     Raises:
         ValueError: if no token of the rows is supervised.
-        FloatingPointError: before the update, if the loss or a gradient isn't finite; gradients are as they were found.
+        FloatingPointError: before the update, if the loss or a gradient isn't finite.
         OutOfMemory: before the update, if memory was refused; gradients are zero.
     """
     parameters = list(trainable_parameters(model).values())
@@ -63,7 +64,7 @@ def training_step(
             if parameter.grad is None:  # kept for the whole run: made among activations they leave holes in the heap
                 parameter.grad = torch.zeros_like(parameter)
         for number, batch in enumerate(flat_batches(model, examples, max_batch_tokens)):
-            torch.manual_seed(derive_seed(*seed, number))
+            _draw_from(derive_seed(*seed, number), model.device)
             batch_loss = loss_sum(model, batch.to(model.device)) / supervised
             batch_loss.backward()
             loss += batch_loss.item()
@@ -94,44 +95,11 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-@dataclass
-class Counters:
-    """What a run has done, kept in checkpoints; the `since_` fields belong to the next line of metrics.jsonl."""
-
-    tokens: int = 0
-    supervised_tokens: int = 0
-    digest: str = ""  # of all tokens, in the order in which they were trained on
-    losses: list[float] = field(default_factory=list)  # of the last steps, by which jumps are seen
-    since_loss: float = 0.0  # Σ loss · supervised tokens
-    since_tokens: int = 0
-    since_supervised: int = 0
-    since_seconds: float = 0.0
-    since_grad_norms: list[float] = field(default_factory=list)
-
-
-class Progress(NamedTuple):
-    """How far a run is, by one of its checkpoints."""
-
-    step: int
-    counters: Counters
-    best: Best
-    max_batch_tokens: int
-    usage: dict[str, float]
-
-
-def progress_of(checkpoint: Path, config: TrainingConfig) -> Progress:
-    """
-    Raises:
-        CheckpointError: if the checkpoint isn't whole, or says nothing that a run could go on with.
-    """
-    state = read_state(checkpoint)
-    try:
-        counters, best = Counters(**state["counters"]), Best.of(config, **state["best"])
-        usage = {name: float(state.get("usage", NOTHING).get(name, none)) for name, none in NOTHING.items()}
-        return Progress(int(state["step"]), counters, best, int(state["max_batch_tokens"]), usage)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"its state.json can't be used ({type(error).__name__}: {error})"
-        raise CheckpointError(str(checkpoint), what, "give another checkpoint") from None
+def _draw_from(seed: int, device: torch.device) -> None:
+    """What the device draws next, of it and no other's: `torch.manual_seed` seeds them all."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 @dataclass
@@ -146,6 +114,7 @@ class Loop:
     schedule: Schedule
     train: Sequence[Example]
     eval: Sequence[Example]
+    held_out: str  # a digest of `eval`
     folder: Path
     base: Base
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
@@ -159,18 +128,25 @@ class Loop:
     def __post_init__(self) -> None:
         self.best = Best.of(self.recipe.training_config)
         self.max_batch_tokens = self.recipe.data.max_batch_tokens  # fewer, once memory was refused
+        self.memory_was_refused = False
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, progress: Progress) -> None:
         """Puts adapter, optimiser and counters back as they were behind the checkpoint's step."""
-        progress = progress_of(checkpoint, self.recipe.training_config)
-        self.step, self.counters, self.best, max_batch_tokens, usage = progress
-        self.usage.go_on_from(usage)
-        if self.max_batch_tokens < max_batch_tokens:
+        self.step, self.counters, self.best = progress.step, progress.counters, progress.best
+        self.usage.go_on_from(progress.usage)
+        self.memory_was_refused = progress.memory_was_refused
+        if progress.memory_was_refused:
+            self.max_batch_tokens = min(self.max_batch_tokens, progress.max_batch_tokens)
+        if self.max_batch_tokens != progress.max_batch_tokens:
+            now, before = f"{self.max_batch_tokens:,} tokens", f"{progress.max_batch_tokens:,} before"
             words = "the same updates but for rounding, and for what dropout draws"
-            log.warning(f"flat batches of {self.max_batch_tokens:,} tokens, {max_batch_tokens:,} before: {words}")
-        self.max_batch_tokens = min(self.max_batch_tokens, max_batch_tokens)
-        load_checkpoint(checkpoint, self.model, self.optimizer)
-        log.info(f"resuming behind step {self.step} from {checkpoint}")
+            log.warning(f"flat batches of {now}, {before}: {words}")
+        if progress.held_out != self.held_out:
+            if self.best.step is not None and self.best.decides:
+                log.warning("other rows are held out than before: what evaluated best is looked for anew")
+            self.best = Best.of(self.recipe.training_config)
+        load_checkpoint(progress.checkpoint, self.model, self.optimizer)
+        log.info(f"resuming behind step {self.step} from {progress.checkpoint}")
 
     def run(self, metrics: MetricsWriter) -> None:
         """Trains from `self.step` to the end, or until evaluations have stopped improving.
@@ -213,6 +189,11 @@ class Loop:
             log.info(f"early stopping behind step {self.step}: {self.best.words}")
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation behind the last step, where there is one, is done with."""
+        return self.best.evaluated_behind == self.step
+
+    @property
     def is_over(self) -> bool:
         return self.step == len(self.steps) or self.best.is_exhausted
 
@@ -236,11 +217,11 @@ class Loop:
             except OutOfMemory as error:
                 refused = str(error)
             tokens = min(self.max_batch_tokens, sum(len(example.ids) for example in examples))
-            if tokens <= longest:
+            if tokens <= longest or not takes_flat_batches(self.model):
                 what = f"a row of {longest:,} tokens doesn't fit into memory ({refused})"
                 mend = "lower data.max_length, set gradient_checkpointing: true, or choose a smaller model"
                 raise RunError(f"step {self.step + 1}", what, mend)
-            self.max_batch_tokens = tokens // 2
+            self.max_batch_tokens, self.memory_was_refused = tokens // 2, True
             log.warning(
                 f"step {self.step + 1}: memory was refused for a flat batch of {tokens:,} tokens: going on with "
                 f"{self.max_batch_tokens:,}, the same rows a step"
@@ -262,7 +243,7 @@ class Loop:
 
     def write_last_evaluation(self, metrics: MetricsWriter, measured: dict[str, float]) -> None:
         """The evaluation behind the last step, unless the loop has taken one there."""
-        if self.best.evaluated_behind != self.step:
+        if not self.is_evaluated:
             metrics.write({"step": self.step, **measured})
 
     def _count(self, examples: Sequence[Example], loss: float, grad_norm: float, seconds: float) -> int:
@@ -273,8 +254,9 @@ class Loop:
         counters.since_tokens += tokens
         counters.since_supervised += supervised
         counters.since_seconds += seconds
+        counters.since_steps += 1
         counters.since_loss += loss * supervised
-        counters.since_grad_norms.append(grad_norm)
+        counters.since_grad_norm += grad_norm
         ids = np.concatenate([np.asarray(example.ids, dtype=np.int64) for example in examples])
         counters.digest = hashlib.sha256(counters.digest.encode() + ids.tobytes()).hexdigest()
         return tokens
@@ -286,7 +268,7 @@ class Loop:
             "step": self.step,
             "loss": counters.since_loss / counters.since_supervised,
             "learning_rate": learning_rate,
-            "grad_norm": sum(counters.since_grad_norms) / len(counters.since_grad_norms),
+            "grad_norm": counters.since_grad_norm / counters.since_steps,
             "tokens": counters.tokens,
             "supervised_tokens": counters.supervised_tokens,
             "tokens_per_second": counters.since_tokens / counters.since_seconds,
@@ -305,7 +287,7 @@ class Loop:
         """
         on_start = self.recipe.training_config.eval_on_start and self.step == 0
         is_due = on_start or self.step in self.schedule.evaluate
-        if not self.eval or not is_due or self.best.evaluated_behind == self.step:
+        if not self.eval or not is_due or self.is_evaluated:
             return
         measured = evaluate_loss(self.model, self.eval, self.max_batch_tokens, self.signals.check)
         log.info(f"step {self.step}  eval_loss {measured['eval_loss']:.4f}")
@@ -314,15 +296,20 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint of what is now."""
-        state = {
-            "counters": asdict(self.counters),
-            "best": self.best.state(),
-            "max_batch_tokens": self.max_batch_tokens,
-            "usage": self.usage.so_far(),
-            "identity": self.identity,
-        }
+        progress = Progress(
+            checkpoint=checkpoint_of(self.folder, self.step),
+            step=self.step,
+            counters=self.counters,
+            best=self.best,
+            held_out=self.held_out,
+            max_batch_tokens=self.max_batch_tokens,
+            memory_was_refused=self.memory_was_refused,
+            usage=self.usage.so_far(),
+            identity=self.identity,
+        )
         limit, best = self.recipe.training_config.save_total_limit, self.best.step if self.best.keeps else None
-        path = save_checkpoint(self.folder, self.step, self.model, self.optimizer, state, self.base, limit, best)
+        state, optimizer = progress.state(), self.optimizer
+        path = save_checkpoint(self.folder, self.step, self.model, optimizer, state, self.base, limit, best)
         log.info(f"wrote {path}")
 
     def save_adapter(self) -> None:
@@ -337,6 +324,7 @@ class Loop:
         if not config.load_best_model_at_end or step in (None, self.step):
             return False
         try:
+            prove(checkpoint_of(self.folder, step))
             load_checkpoint(checkpoint_of(self.folder, step), self.model)
         except CheckpointError as error:
             log.warning(f"load_best_model_at_end: {error}; the last adapter is kept")

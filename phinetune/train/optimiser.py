@@ -1,5 +1,6 @@
 """AdamW on what trains, and the learning rate as a function of the step."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from torch import nn
 from phinetune.errors import RecipeError
 from phinetune.lora.biases import is_bias
 from phinetune.recipe import PeftConfig, TrainingConfig
+
+log = logging.getLogger(__name__)
 
 # What transformers calls bitsandbytes' optimisers, and what these are called there.
 BITSANDBYTES = {
@@ -85,6 +88,8 @@ def learning_rates(config: TrainingConfig, total_steps: int) -> Callable[[int], 
     """
     from transformers import get_scheduler
 
+    if config.lr_scheduler_type == "constant" and (config.warmup_steps > 0 or config.lr_scheduler_kwargs):
+        log.warning("lr_scheduler_type constant has no warmup and no lr_scheduler_kwargs: constant_with_warmup has")
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)  # some schedules look at it
     try:
         scheduler: Any = get_scheduler(

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from phinetune.data import Example, Prepared, Renderer
 from phinetune.evaluate import evaluate_loss, measure
 from phinetune.generate import answers
 from phinetune.lora import fused, lora_layers
-from phinetune.train.checkpoint import load_checkpoint, save_checkpoint
+from phinetune.train.checkpoint import load_checkpoint, prove, save_checkpoint
 from phinetune.train.estimate import has_room_to_fold
 from phinetune.train.loop import Loop
+from phinetune.train.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,11 @@ PROMPTS_LOOKED_AT = 1000
 FOLDER = ".tmp-checkpoint-rehearsal"  # called so that the next run removes what a killed one leaves
 
 
-def rehearse(loop: Loop, tokenizer: Any, data: Prepared, checkpoint: Path | None = None) -> None:
-    """
+def rehearse(loop: Loop, tokenizer: Any, data: Prepared, progress: Progress | None = None) -> None:
+    """Tries all of it, and leaves nothing behind.
+
     Args:
-        checkpoint: which `loop` has resumed.
+        progress: from which `loop` goes on.
 
     Raises:
         RunError: as the run itself would: a row that doesn't fit into memory, a loss that isn't finite, a full disk.
@@ -56,8 +57,8 @@ def rehearse(loop: Loop, tokenizer: Any, data: Prepared, checkpoint: Path | None
     loop.signals.check()
     _merge(loop.model)
     loop.optimizer.state.clear()
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, loop.model, loop.optimizer)
+    if progress is not None:
+        load_checkpoint(progress.checkpoint, loop.model, loop.optimizer)
     tokens = sum(len(row.ids) for row in rows)
     log.info(
         f"rehearsal: {', '.join([*done, 'checkpoint', 'merge'])} with the longest rows ({tokens:,} tokens in "
@@ -66,10 +67,17 @@ def rehearse(loop: Loop, tokenizer: Any, data: Prepared, checkpoint: Path | None
 
 
 def longest_rows(examples: Any, tokens: int) -> Sequence[Example]:
-    """The longest rows that `tokens` tokens hold, and the longest in any case."""
-    order = np.argsort(-np.asarray(examples.lengths), kind="stable")
-    count = int(np.searchsorted(np.cumsum(np.asarray(examples.lengths)[order]), tokens, side="right"))
-    return [examples[int(place)] for place in order[: max(count, 1)]]
+    """As long rows as `tokens` tokens hold together, and the longest in any case: those of the largest flat batch."""
+    lengths = np.asarray(examples.lengths)
+    chosen: list[int] = []
+    left, shortest = tokens, int(lengths.min())
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        if not chosen or lengths[place] <= left:
+            chosen.append(place)
+            left -= int(lengths[place])
+        if left < shortest:
+            break
+    return [examples[place] for place in chosen]
 
 
 def _answer(loop: Loop, tokenizer: Any, data: Prepared) -> None:
@@ -92,6 +100,7 @@ def _write_and_read(loop: Loop) -> None:
     folder.mkdir()
     try:
         checkpoint = save_checkpoint(folder, 0, loop.model, loop.optimizer, {"identity": {}}, loop.base, None)
+        prove(checkpoint)
         load_checkpoint(checkpoint, loop.model, loop.optimizer)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -60,9 +60,8 @@ class Signals:
             signal.signal(listened, signal.SIG_DFL)
         if self._came() > 1:  # two in one long call of a library, of which Python tells once
             os.kill(os.getpid(), number)
-        with suppress(
-            RuntimeError
-        ):  # the signal came in the middle of such a write; a logger could be imported just now
+        # In the middle of such a write, or with nobody left to read; a logger could be imported just now.
+        with suppress(RuntimeError, OSError, ValueError):
             name = signal.Signals(number).name
             print(f"{name}: stopping; a second signal stops at once, without a checkpoint", file=sys.stderr)
         if not self._deferred:

@@ -119,7 +119,7 @@ class MLflow:
         name, id = os.environ.get("MLFLOW_EXPERIMENT_NAME") or recipe.training_config.project, identity(folder, begun)
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
-        before = self._client.search_runs([experiment], f"tags.`{tag}` = '{id}'") if first_step else []
+        before = self._client.search_runs([experiment], f"tags.`{tag}` = '{id}'")  # of an earlier life
         run = (
             before[0]
             if before

@@ -20,7 +20,7 @@ from phinetune.model import adapt_model, flat_batches
 from phinetune.recipe import PeftConfig, TrainingConfig
 from phinetune.train import training_step
 from phinetune.train.checkpoint import Base, load_checkpoint, save_checkpoint
-from phinetune.train.folder import WRITTEN
+from phinetune.train.folder import WRITTEN, give_up_later
 from phinetune.train.numbers import name_fault
 from phinetune.train.optimiser import learning_rates, make_optimizer
 
@@ -303,6 +303,7 @@ def test_going_on_from_an_earlier_checkpoint_gives_up_the_later_ones(tmp_path):
         return sorted(int(path.name.partition("-")[2]) for path in tmp_path.iterdir())
 
     assert [save(2), save(4), save(6), save(8, best=4)] == [[2], [2, 4], [4, 6], [4, 6, 8]]
+    give_up_later(tmp_path, 4, is_over=False)
     assert save(5, best=4) == [4, 5], "not 6 and 8, which the next resumption would take for its own"
 
 
