@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phinetune.data.render import Example
+from phinetune.data.example import Example
 
 if TYPE_CHECKING:  # what comes before a batch needs no torch
     import torch

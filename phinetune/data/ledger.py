@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from phinetune.data.example import PARTS
 from phinetune.data.findings import Finding
 from phinetune.data.formats import Rejected
-from phinetune.data.render import PARTS
 from phinetune.errors import DataError
 
 SHOWN = 20

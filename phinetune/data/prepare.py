@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from phinetune.data.encode import tokenizer_json
+from phinetune.data.example import PARTS
 from phinetune.data.findings import Finding
 from phinetune.data.formats import Rejected
 from phinetune.data.ledger import SHOWN, Ledger, histogram
-from phinetune.data.render import PARTS
 from phinetune.data.sources import DataFile, describe, open_sources
 from phinetune.data.store import Examples, Rows, Store
 from phinetune.data.template import ChatTemplate, writes_date
@@ -35,7 +35,7 @@ class Prepared:
     eval: Examples
     eval_rows: Rows
     ledgers: dict[str, Ledger]
-    parts: tuple["_Part", ...]
+    parts: tuple["Part", ...]
     weights: Any = None
 
     @property
@@ -113,16 +113,16 @@ def task_of(files: list[DataFile], tokenizer: Any, config: DataConfig) -> Task:
 
 def _read(
     source: Any, rows: Iterable[Any] | None, tokenizer: Any, config: DataConfig, on_progress: Callable[[int], None]
-) -> "_Part":
+) -> "Part":
     with open_sources(source, rows) as files:
         task = task_of(files, tokenizer, config)
-        part = _Part(describe(files), list(task.files), tokenised(task, on_progress))
+        part = Part(describe(files), list(task.files), tokenised(task, on_progress))
     part.leave_out(part.is_duplicate(), Finding.DUPLICATE, config.duplicates)
     part.ledger().check(config.max_rejected)
     return part
 
 
-class _Part:
+class Part:
     """The rows of a source that are used, and what became of the others."""
 
     def __init__(self, source: str, files: list[DataFile], store: Store, rows: Any = None) -> None:
@@ -163,7 +163,7 @@ class _Part:
         else:
             self.kept[finding] = found
 
-    def hold_out(self, share: float, seed: int) -> "_Part":
+    def hold_out(self, share: float, seed: int) -> "Part":
         """Takes `share` of the rows out, at least one where it isn't 0; the same ones for the same seed."""
         total = len(self.rows)
         count = max(1, round(share * total)) if share else 0
@@ -171,7 +171,7 @@ class _Part:
             what = f"has {total} usable rows, too few to hold out {share:g} of them"
             raise DataError(self.source, what, "set data.eval: 0")
         held = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(total)[:count])
-        part = _Part(self.source, self.files, self.store, self.rows[held])
+        part = Part(self.source, self.files, self.store, self.rows[held])
         self.rows = np.delete(self.rows, held)
         self.held_out = count
         return part

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from phinetune.data.example import Example
 from phinetune.data.formats import Rejected
 from phinetune.data.readers import chunks, rows
-from phinetune.data.render import Example
 from phinetune.data.sources import open_sources
 from phinetune.data.worker import Task, check
 from phinetune.recipe import DataConfig

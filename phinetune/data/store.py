@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from phinetune.data.example import PARTS, Example
 from phinetune.data.formats import Rejected, Row
-from phinetune.data.render import PARTS, Example
 from phinetune.disk import write_text
 
 MANIFEST = "manifest.json"

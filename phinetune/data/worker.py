@@ -21,13 +21,15 @@ from typing import IO, Any
 import numpy as np
 
 from phinetune.data.encode import Encoder
+from phinetune.data.example import PARTS, Example
 from phinetune.data.findings import NOTHING, Finding
 from phinetune.data.formats import Rejected, Row, order_fault
 from phinetune.data.readers import Chunk, rows
-from phinetune.data.render import PARTS, REASONING, Example, Renderer
+from phinetune.data.render import Renderer
 from phinetune.data.sources import DataFile
 from phinetune.data.store import Piece, row_to_json
 from phinetune.data.template import ChatTemplate
+from phinetune.data.texts import REASONING
 from phinetune.errors import DataError
 from phinetune.recipe import DataConfig
 
