@@ -84,7 +84,7 @@ print(model.model.layers[0].self_attn)
 # the layers learn; real training is what the other samples do.
 
 # %%
-# This sets requires_grad to False for all parameters without the string "lora_" in their names
+# This sets requires_grad to False for all parameters but the LoRA layers' own
 lora.mark_only_lora_as_trainable(model)
 trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
 print(f"{sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in model.parameters()):,} parameters train")

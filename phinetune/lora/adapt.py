@@ -19,6 +19,7 @@ from phinetune.lora.targets import (
     Names,
     TargetError,
     check_reachable,
+    check_trainable,
     find_targets,
     from_pattern,
     lora_class,
@@ -55,14 +56,15 @@ def adapt(
         model: any module; changed in place.
         target_modules: as in PEFT's LoraConfig. A list takes exact names and `.suffix`es; a string is a
             regex that must match the whole name; "all-linear" takes every `nn.Linear` (and transformers'
-            Conv1D) but the output head. Names of `fused` parts count as layers: "q_proj" on Phi-3 means its
+            Conv1D) but a language model's head. Names of `fused` parts count as layers: "q_proj" on Phi-3 means its
             rows of qkv_proj.
         adapter_name: a second call with another name adds a second adapter, which `set_adapter` switches on.
         r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights: as in `Linear`.
         rank_pattern, alpha_pattern: r and lora_alpha for names that match a key, `(.*\\.)?(KEY)$`.
         exclude_modules: names that get no LoRA, matched as `target_modules` are.
         layers_to_transform, layers_pattern: only layers of these numbers, found behind this name in a path.
-        modules_to_save: endings of names (as in PEFT) of modules of which a whole copy trains, in `dtype`.
+        modules_to_save: endings of names (as in PEFT) of modules of which a whole copy trains, in `dtype`; a
+            classifier's new head (`score`), say, which "all-linear" would take.
         bias: which biases train: none, all, or lora_only (those of adapted layers).
         fused: which layers stand for several.
         dtype: of all that trains, but for biases outside adapted layers; the base's by default.
@@ -72,7 +74,7 @@ def adapt(
 
     Raises:
         TargetError: if a name matches nothing (the message lists what the model has), if a fused layer and a part
-            of it are both named, or a layer can't be adapted; nothing is changed.
+            of it are both named, or a layer can't be adapted or trained whole; nothing is changed.
     """
     to_save = list(modules_to_save or [])
     before = active_adapters(model)
@@ -104,6 +106,7 @@ def adapt(
     for name in whole_modules(model, to_save):
         if adapted_within := [n for n, _ in lora_layers(model) if f"{n}.".startswith(f"{name}.")]:
             raise TargetError(f"modules_to_save: {name} has another adapter's LoRA on {adapted_within[0]}")
+    check_trainable(model, whole_modules(model, to_save), adapter_name)
 
     settings: dict[str, Any] = {
         "lora_dropout": lora_dropout,
@@ -145,8 +148,7 @@ def add_to_layers(
     """
     layers: dict[str, LoRALayer] = {}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for name in settings:
-        check_reachable(model, name)
+    check_reachable(model, settings)
     try:
         for name, own in settings.items():
             layers[name] = _with_adapter(model.get_submodule(name), adapter_name, own, dtype)

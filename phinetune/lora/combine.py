@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from phinetune.lora.biases import trained_biases
 from phinetune.lora.layer import LoRALayer, Product
 from phinetune.lora.modules_to_save import saved_modules
-from phinetune.lora.switch import adapter_names, lora_layers
+from phinetune.lora.switch import adapter_names, check_known, lora_layers
 from phinetune.lora.targets import TargetError
 
 Combination = Literal[
@@ -75,11 +75,9 @@ def add_weighted_adapter(
     for path, wrapper in saved_modules(model):
         if any(name in wrapper.modules_to_save for name in adapters):
             raise TargetError(f"modules_to_save: {path} was trained whole, and whole modules can't be combined")
-    there = adapter_names(model)
-    if adapter_name in there:
+    if adapter_name in adapter_names(model):
         raise TargetError(f"adapter_name={adapter_name!r}: the model has an adapter of that name")
-    if unknown := [name for name in adapters if name not in there]:
-        raise TargetError(f"no adapter is called {', '.join(map(repr, unknown))}: there are {there}")
+    check_known(model, adapters)
 
     results: list[tuple[LoRALayer, Product]] = []
     for path, layer in lora_layers(model):

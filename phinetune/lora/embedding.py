@@ -82,7 +82,8 @@ class Embedding(LoRALayer, nn.Embedding):
             return nn.Embedding.forward(self, input)
         if weight is not self.weight:  # merged: its rows were bounded before ΔW was added
             return F.embedding(input, weight)
-        rows = F.embedding(input, weight)
+        how = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": self.sparse}  # where it trains, too
+        rows = F.embedding(input, weight, self.padding_idx, **how)
         return rows if self.max_norm is None else _bounded(rows, self.max_norm, self.norm_type)
 
     def _update(self, input: Tensor, adapter_name: str) -> Tensor:

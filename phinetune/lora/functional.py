@@ -16,6 +16,7 @@ Shape suffixes: T tokens, K inputs, N outputs, R ranks of all blocks together, r
        [ A_v ]           [ B_v ]  n_v       y[:, q] += s · (x A_qᵀ) B_qᵀ;  y[:, v] += s · (x A_vᵀ) B_vᵀ
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from phinetune.kernels.linear import input_gradient, linear
 from phinetune.kernels.products import add_product_, product
@@ -39,7 +39,7 @@ class Block(NamedTuple):
     scaling: float
 
     def read_B(self, lora_B: Tensor) -> Tensor:
-        """This block's B, (rows of `out`, r): a view."""
+        """This block's B, (rows of `out`, r), to read; only of a row-major lora_B is it a view that can be written."""
         return lora_B.flatten()[self.b].view(-1, self.a.stop - self.a.start)
 
     def shifted(self, out: int, a: int, b: int, factor: float) -> "Block":
@@ -132,12 +132,15 @@ def lora_linear(
     Returns:
         (..., N) in x's dtype, or in autocast's where autocast is on.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # there is none on meta
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
             bias = None if bias is None else bias.to(dtype)
             weight = weight if isinstance(weight, QuantisedWeight) else weight.to(dtype)
-            return cast(Tensor, _LoRALinear.apply(x.to(dtype), weight, bias, *factors, dropout_p))
+            return lora_linear(x.to(dtype), weight, bias, factors, dropout_p)
+    if torch._C._are_functorch_transforms_active():  # torch.func can't transform an autograd function like ours
+        return F.linear(x, weight, bias) + low_rank(x, factors, weight.shape[0], dropout_p)
     return cast(Tensor, _LoRALinear.apply(x, weight, bias, *factors, dropout_p))
 
 
@@ -145,10 +148,14 @@ def low_rank(x: Tensor, factors: Factors, out_features: int, dropout_p: float = 
     """The low-rank term alone, by plain autograd: s · (drop(x) Aᵀ) Bᵀ, (..., N)."""
     lora_A, lora_B = factors.lora_A.to(x.dtype), factors.lora_B.to(x.dtype)
     thin = F.linear(F.dropout(x, dropout_p), lora_A)
-    y = thin.new_zeros(*x.shape[:-1], out_features)
-    for block in factors.blocks:
-        y[..., block.out] += block.scaling * F.linear(thin[..., block.a], block.read_B(lora_B))
-    return y
+    updates = [
+        F.pad(
+            block.scaling * F.linear(thin[..., block.a], block.read_B(lora_B)),
+            (block.out.start, out_features - block.out.stop),
+        )
+        for block in factors.blocks
+    ]
+    return functools.reduce(torch.add, updates)
 
 
 def delta_weight(factors: Factors, out_features: int) -> Tensor:
@@ -180,7 +187,7 @@ def add_low_rank_(
 def low_rank_backward(dy_TN: Tensor, thin_TR: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """(the gradient of the thin product, (T, R), and that of B in its dtype): what needs no x."""
     cast_B = factors.lora_B.to(dy_TN.dtype)
-    dthin_TR, dB = torch.empty_like(thin_TR), torch.empty_like(cast_B)
+    dthin_TR, dB = torch.empty_like(thin_TR), cast_B.new_empty(cast_B.shape)  # row-major, whatever B is
     for block in factors.blocks:
         dy = dy_TN[:, block.out]
         block.read_B(dB).copy_(product(dy.T, thin_TR[:, block.a]).mul_(block.scaling))
@@ -208,7 +215,7 @@ class _LoRALinear(torch.autograd.Function):
     """Saves x, the thin product x Aᵀ and, under dropout, one byte an element, beside the weights themselves.
 
     Casts of A and B are made again in the backward pass: they cost r / T of a product, and keeping
-    them would hold them for every layer at once.
+    them would hold them for every layer at once.  Under `create_graph` the thin product is, too.
     """
 
     @staticmethod
@@ -231,8 +238,9 @@ class _LoRALinear(torch.autograd.Function):
         return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_gradients(ctx, dy)
         x, weight, lora_A, lora_B, thin_TR, keep_TK = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         x_TK, dy_TN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
@@ -254,6 +262,27 @@ class _LoRALinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `_LoRALinear` in plain operations on what it was given, so that they have gradients too."""
+    x, weight, lora_A, lora_B, _, keep_TK = ctx.saved_tensors
+    x_TK, dy_TN = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    A_RK, cast_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    dropped_TK = _dropped(x_TK, keep_TK, ctx.dropout_p)
+    thin_TR = dropped_TK @ A_RK.T
+    scaled = [(block, block.scaling * dy_TN[:, block.out]) for block in ctx.blocks]
+    dthin_TR = torch.cat([dy @ block.read_B(cast_B) for block, dy in scaled], dim=1)
+    dB = torch.cat([(dy.T @ thin_TR[:, block.a]).flatten() for block, dy in scaled])
+    return (
+        (dy_TN @ weight + _dropped(dthin_TR @ A_RK, keep_TK, ctx.dropout_p)).view_as(x),
+        dy_TN.T @ x_TK if ctx.needs_input_grad[1] else None,
+        dy_TN.sum(0) if ctx.has_bias else None,
+        (dthin_TR.T @ dropped_TK).to(lora_A.dtype),
+        dB.view_as(lora_B).to(lora_B.dtype),
+        None,
+        None,
+    )
 
 
 def _dropped(x_TK: Tensor, keep_TK: Tensor | None, dropout_p: float) -> Tensor:

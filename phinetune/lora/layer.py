@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.functional import Block
@@ -102,7 +103,7 @@ class LoRALayer(nn.Module):
     adapters: Mapping[str, Adapter] = NO_ADAPTERS
     active_adapters: Mapping[str, float] = NO_ADAPTERS
     """Name -> weight of the adapters that the forward pass adds up."""
-    _asked_for = Adapter(r=0)
+    _asked_for: Adapter | None = None
     """What the constructor was given, where that adds nothing: r=0, or no part enabled."""
     _merged: tuple[Tensor | None, Any] | None = None
     _plain_type: type[nn.Module]
@@ -183,7 +184,8 @@ class LoRALayer(nn.Module):
 
     @property
     def _first(self) -> Adapter:
-        return self.adapters.get(DEFAULT) or next(iter(self.adapters.values()), self._asked_for)
+        named = self.adapters.get(DEFAULT) or next(iter(self.adapters.values()), None)
+        return named or self._asked_for or Adapter(r=0)
 
     def add_adapter(self, adapter_name: str, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
         """Registers an adapter's parameters, freshly drawn. The first one is active at once, others when set.
@@ -271,13 +273,13 @@ class LoRALayer(nn.Module):
         if not (self.active_adapters and self.lora_enabled):
             return self._base(input, self._base_weight, self._cast_bias())
         if self._merged is not None:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
                 return self._base(input, self._merged_weight(), self._cast_bias())
             self.outdate()
         return self._adapted(input)
 
     def outdate(self) -> None:
-        """Forgets a merged weight: a step may follow, and torch's fused optimisers leave no trace on a parameter."""
+        """Forgets a merged weight where gradients are asked for: what follows may change parameters without a trace."""
         self._merged = STALE if self.merged else self._merged
 
     def _cast_bias(self) -> Any:
@@ -320,9 +322,10 @@ class LoRALayer(nn.Module):
         return norm
 
     def _dora_scale(self, adapter_name: str) -> Tensor:
-        """m / ‖W + ΔW‖ for each output, 1 for those that the adapter leaves alone."""
+        """m / ‖W + ΔW‖ for each output, 1 for those that the adapter leaves alone and where all weights are 0."""
         norm = self._norm(adapter_name)
-        return self._magnitude(adapter_name, norm) / norm
+        magnitude, is_zero = self._magnitude(adapter_name, norm), norm == 0
+        return magnitude.masked_fill(is_zero, 1) / norm.masked_fill(is_zero, 1)
 
     def magnitude(self, adapter_name: str = DEFAULT) -> Tensor:
         """DoRA's m for each output; for those that the adapter leaves alone, the norm that they have."""
@@ -387,8 +390,9 @@ class LoRALayer(nn.Module):
 
     def _merge_key(self) -> Any:
         """Changes whenever something that the merged weight was made of does."""
-        parameters = [(id(p), p.data_ptr(), _version(p)) for p in self._parameters.values() if p is not None]
-        return parameters, dict(self.active_adapters)
+        present = [p for p in self._parameters.values() if p is not None]
+        parameters = [(id(p), p.data_ptr(), _version(p)) for p in present]
+        return parameters, dict(self.active_adapters), _steps if any(p.requires_grad for p in present) else None
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -483,6 +487,18 @@ class LoRALayer(nn.Module):
         """From the layout of `_base_weight` to that of the plain layer."""
         return weight
 
+
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    """Optimisers' steps are counted, all alike: torch's fused ones, and others' own, change a parameter without its
+    version."""
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 TENSOR_KINDS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_A0", "lora_B0")
 _OWN_ATTRIBUTES = (

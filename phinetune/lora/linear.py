@@ -124,11 +124,11 @@ class Linear(LoRALayer, nn.Linear):
         adapter = self.adapters[adapter_name]
         lora_A, lora_B = self.lora_tensor("lora_A", adapter_name), self.lora_tensor("lora_B", adapter_name)
         init = adapter.init_lora_weights
-        nn.init.zeros_(lora_B)
+        whole_B = lora_B.new_zeros(lora_B.shape)  # row-major, so that blocks of it are views, whatever lora_B is
         if isinstance(init, bool):
             nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
         for block in adapter.blocks if init is not True else ():
-            A, B, r = lora_A[block.a], block.read_B(lora_B), block.a.stop - block.a.start
+            A, B, r = lora_A[block.a], block.read_B(whole_B), block.a.stop - block.a.start
             if init is False:
                 nn.init.kaiming_uniform_(B, a=math.sqrt(5))
             elif init == "gaussian":
@@ -138,6 +138,7 @@ class Linear(LoRALayer, nn.Linear):
                 begun_A, begun_B = _principal_factors(weight, r, str(init), block.scaling)
                 A.copy_(begun_A)
                 B.copy_(begun_B)
+        lora_B.copy_(whole_B)
 
     def factors(self, adapter_name: str = DEFAULT) -> Factors:
         """What the adapter adds; PiSSA and OLoRA take off what they began with."""
@@ -194,15 +195,15 @@ class Linear(LoRALayer, nn.Linear):
         expanded = lora_B.new_zeros(self.out_features, lora_A.shape[0])
         for block in blocks:
             expanded[block.out, block.a] = block.read_B(lora_B) * (block.scaling / scaling)
-        return Product(lora_A, expanded, scaling)
+        return Product(lora_A.detach(), expanded, scaling)
 
     @torch.no_grad()
     def load_product(self, adapter_name: str, lora_A: Tensor, lora_B: Tensor) -> None:
         """From B its diagonal blocks are taken."""
         own_A, own_B = self.lora_tensor("lora_A", adapter_name), self.lora_tensor("lora_B", adapter_name)
         own_A.copy_(lora_A)
-        for block in self.adapters[adapter_name].blocks:
-            block.read_B(own_B).copy_(lora_B[block.out, block.a])
+        blocks = [lora_B[block.out, block.a].flatten() for block in self.adapters[adapter_name].blocks]
+        own_B.copy_(torch.cat(blocks).view(own_B.shape))
 
     def _adapted_outputs(self, adapter: Adapter) -> list[slice]:
         return [block.out for block in adapter.blocks]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from phinetune.lora.biases import Bias, bias_names
+from phinetune.lora.biases import Bias, bias_names, keep_base_biases
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import saved_modules
 
@@ -26,11 +26,15 @@ class Loaded(NamedTuple):
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
     """Freezes everything but the active adapters' parameters and, by `bias`, no, all, or the LoRA layers' biases.
 
+    What the biases are by then is remembered as the base's (see `disabled`): load its weights before.
+
     Raises:
         ValueError: for another `bias`, before anything is changed.
     """
+    biases = bias_names(model, bias)
+    keep_base_biases(model, [name for name in biases if not model.get_parameter(name).is_meta])
     trained = {id(tensor) for tensor in _lora_tensors(model, active_only=True).values()}
-    trained |= {id(model.get_parameter(name)) for name in bias_names(model, bias)}
+    trained |= {id(model.get_parameter(name)) for name in biases}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 

@@ -1,6 +1,6 @@
 """The adapters of a model: which there are, which are on, and folding them into the weights and out again."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -52,8 +52,7 @@ def set_adapter(model: nn.Module, adapters: Adapters) -> None:
     weights = _weights(adapters)
     if not weights:
         raise TargetError("no adapter is named: for the base, use lora.disabled(model)")
-    if unknown := weights.keys() - set(adapter_names(model)):
-        raise TargetError(f"no adapter is called {', '.join(map(repr, unknown))}: there are {adapter_names(model)}")
+    check_known(model, weights)
     if trained_biases(model) and any(weight != 1 for weight in weights.values()):
         raise TargetError("trained biases can't be weighted: give the adapter a weight of 1")
     for path, wrapper in saved_modules(model):
@@ -73,6 +72,13 @@ def set_adapter(model: nn.Module, adapters: Adapters) -> None:
                         holder.get_parameter(own).requires_grad_(name in weights)
     for name in trained_biases(model):
         model.get_parameter(name).requires_grad_(True)
+
+
+def check_known(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Raises TargetError for names that no adapter of the model has."""
+    there = adapter_names(model)
+    if unknown := [name for name in adapters if name not in there]:
+        raise TargetError(f"no adapter is called {', '.join(map(repr, unknown))}: there are {there}")
 
 
 def switch_off(model: nn.Module, adapter_name: str) -> None:
@@ -95,15 +101,14 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         TargetError: if there is none of that name.
     """
-    if adapter_name not in adapter_names(model):
-        raise TargetError(f"no adapter is called {adapter_name!r}: there are {adapter_names(model)}")
+    check_known(model, [adapter_name])
     if adapter_names(model) == [adapter_name]:
         forget_trained_biases(model)
+    switch_off(model, adapter_name)
     for holder in list(_holders(model)):
         if isinstance(holder, ModulesToSaveWrapper):
             if adapter_name in holder.modules_to_save:
                 del holder.modules_to_save[adapter_name]
-            holder.active_adapters = {n: w for n, w in holder.active_adapters.items() if n != adapter_name}
         elif adapter_name in holder.adapters:
             holder.delete_adapter(adapter_name)
 
@@ -163,12 +168,14 @@ def unfuse(model: nn.Module) -> None:
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """The model with its adapters folded in, for the length of a `with` block."""
+    """The model with its adapters folded in, for the length of a `with` block; what was folded in before stays so."""
+    apart = [layer for _, layer in lora_layers(model) if not layer.merged]
     fuse(model)
     try:
         yield
     finally:
-        unfuse(model)
+        for layer in apart:
+            layer.unmerge()
 
 
 def unload(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.conv import Conv1d, Conv2d, Conv3d
 from phinetune.lora.embedding import Embedding
 from phinetune.lora.layer import LoRALayer
@@ -23,11 +24,7 @@ ALL_LINEAR = "all-linear"
 FusedParts = Mapping[str, Mapping[str, int]]
 
 KINDS: dict[type[nn.Module], type[LoRALayer]] = {
-    nn.Linear: Linear,
-    nn.Embedding: Embedding,
-    nn.Conv1d: Conv1d,
-    nn.Conv2d: Conv2d,
-    nn.Conv3d: Conv3d,
+    kind._plain_type: kind for kind in (Linear, Embedding, Conv1d, Conv2d, Conv3d)
 }
 
 
@@ -73,6 +70,7 @@ def find_targets(
     else:
         if isinstance(target_modules, str) and layers_to_transform is not None:
             raise TargetError("layers_to_transform is for target_modules as a list: a regex can say which layers")
+        _refuse_whole(model, target_modules, modules_to_save, fused)
         meant = _named(free, target_modules, fused)
 
     targets: dict[str, list[str]] = {}
@@ -160,6 +158,20 @@ def _named(adaptable: Iterable[str], target_modules: Names, fused: FusedParts) -
     return hits
 
 
+def _refuse_whole(model: nn.Module, target_modules: Names, modules_to_save: Sequence[str], fused: FusedParts) -> None:
+    """Raises TargetError for targets that mean nothing but modules that train whole, or parts of them."""
+    whole = [*whole_modules(model, modules_to_save), *(path for path, _ in saved_modules(model))]
+    inside = tuple(f"{name}." for name in whole)
+    names = _with_parts([n for n, m in model.named_modules() if n in whole or lora_class(m) is not None], fused)
+    for target in _each(target_modules):
+        matched = [name for name in names if matches(name, target)]
+        if matched and all(f"{name}.".startswith(inside) for name in matched):
+            raise TargetError(
+                f"target_modules: {_shown(target)} means {matched[0]}, which trains whole under modules_to_save: "
+                "name it in one of the two"
+            )
+
+
 def _with_parts(adaptable: Iterable[str], fused: FusedParts) -> dict[str, tuple[str, str | None]]:
     """Every name a target may mean: real layers, and the parts of fused ones beside their siblings."""
     candidates: dict[str, tuple[str, str | None]] = {name: (name, None) for name in adaptable}
@@ -187,26 +199,59 @@ def _in_layers(
     return {name: parts for name, parts in targets.items() if indices[name] in wanted}
 
 
-def check_reachable(model: nn.Module, name: str) -> None:
-    """A layer that is read past its forward pass, or that computes in another way, would be adapted in vain.
+def check_reachable(model: nn.Module, names: Iterable[str]) -> None:
+    """Layers that are read past their forward pass, or that compute in another way, would be adapted in vain.
 
     Raises:
         TargetError: for such a layer.
     """
-    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     mend = "leave it out of target_modules, or list it under exclude_modules"
-    others = [n for n, m in model.named_modules(remove_duplicate=False) if m is module and n != name]
-    if others:
-        raise TargetError(f"{name}: the same layer is also {', '.join(others)}, which would stay plain; {mend}")
-    if module._parameters.get("weight") is None:
-        raise TargetError(f"{name}: its weight is computed (by a parametrization, say); {mend}")
-    if isinstance(parent, nn.MultiheadAttention):
-        raise TargetError(f"{name}: nn.MultiheadAttention reads this weight without calling the layer; {mend}")
-    if "forward" in module.__dict__:
-        raise TargetError(f"{name}: its forward was replaced (by accelerate's hooks, say); adapt the model before that")
-    plain = next((plain for plain in KINDS if isinstance(module, plain)), None)
-    if plain is not None and type(module).forward is not plain.forward and not isinstance(module, LoRALayer):
-        raise TargetError(f"{name}: {type(module).__name__} computes in a way of its own; {mend}")
+    places = _places(model)
+    for name in names:
+        path, _, child = name.rpartition(".")
+        module, parent = model.get_submodule(name), model.get_submodule(path)
+        others = [n for place, n in places.get(id(module), {}).items() if place != (id(parent), child)]
+        if others:
+            raise TargetError(f"{name}: the same layer is also {', '.join(others)}, which would stay plain; {mend}")
+        if module._parameters.get("weight") is None:
+            raise TargetError(f"{name}: its weight is computed (by a parametrization, say); {mend}")
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TargetError(f"{name}: nn.MultiheadAttention reads this weight without calling the layer; {mend}")
+        if "forward" in module.__dict__:
+            raise TargetError(
+                f"{name}: its forward was replaced (by accelerate's hooks, say); adapt the model before that"
+            )
+        plain = next((plain for plain in KINDS if isinstance(module, plain)), None)
+        if plain is not None and type(module).forward is not plain.forward and not isinstance(module, LoRALayer):
+            raise TargetError(f"{name}: {type(module).__name__} computes in a way of its own; {mend}")
+
+
+def check_trainable(model: nn.Module, modules_to_save: Sequence[str], adapter_name: str) -> None:
+    """Whether copies of these modules can train under an adapter's name.
+
+    Raises:
+        TargetError: for a quantised one, or a name that their `nn.ModuleDict` can't have.
+    """
+    for name in modules_to_save:
+        for own, parameter in model.get_submodule(name).named_parameters():
+            if isinstance(parameter, QuantisedWeight) or not (parameter.is_floating_point() or parameter.is_complex()):
+                raise TargetError(
+                    f"modules_to_save: {name} is quantised ({own}), and what is quantised can't train: name it under "
+                    "target_modules, for LoRA beside it, or load the model unquantised"
+                )
+    if modules_to_save and hasattr(nn.ModuleDict(), adapter_name):
+        raise TargetError(
+            f"adapter_name={adapter_name!r}: torch has the name itself where modules_to_save are kept; take another"
+        )
+
+
+def _places(model: nn.Module) -> dict[int, dict[tuple[int, str], str]]:
+    """{id of a module: {(id of a parent, name there): a path}}: a block that is used twice is one parent."""
+    places: dict[int, dict[tuple[int, str], str]] = {}
+    for path, parent in model.named_modules():
+        for child, module in parent._modules.items():
+            places.setdefault(id(module), {})[id(parent), child] = f"{path}.{child}".lstrip(".")
+    return places
 
 
 def _each(names: Names | None) -> list[Names]:

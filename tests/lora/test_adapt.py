@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import draw_lora_B, relative_error, tiny_model
+from conftest import draw_lora_B, relative_error, tiny_config, tiny_model
 
 from phinetune import lora
 from phinetune.model import fused_parts
@@ -190,6 +190,76 @@ def test_layers_that_would_be_adapted_in_vain_are_refused():
     normed = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4)))
     with pytest.raises(lora.TargetError, match="0: its weight is computed"):
         lora.adapt(normed)
+
+
+class Blocks(torch.nn.Module):
+    """One block run twice, as in ALBERT, and its layers under a second path, as wrappers of models have them."""
+
+    def __init__(self):
+        super().__init__()
+        block = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 6), "down": torch.nn.Linear(6, 4)})
+        self.blocks = torch.nn.ModuleList([block] * 2)
+        self.alias = self.blocks
+
+    def forward(self, x):
+        for block in self.alias:
+            x = x + block["down"](block["up"](x).tanh())
+        return x
+
+
+def test_blocks_that_are_shared_or_have_two_paths_are_adapted_in_all_places():
+    import peft
+
+    torch.manual_seed(0)
+    model, x = Blocks(), torch.randn(3, 4)
+    assert lora.adapt(model, ["up", "down"], r=2) == ["blocks.0.up", "blocks.0.down"]
+    draw_lora_B(model)
+    theirs = peft.get_peft_model(Blocks(), peft.LoraConfig(r=2, lora_alpha=8, target_modules=["up", "down"]))
+    plain = theirs.base_model.model
+    with torch.no_grad():
+        for name in ("up", "down"):
+            own, other = model.blocks[1][name], plain.blocks[1][name]
+            other.base_layer.load_state_dict({"weight": own.weight, "bias": own.bias})
+            other.lora_A["default"].weight.copy_(own.lora_A)
+            other.lora_B["default"].weight.copy_(own.lora_B)
+    torch.testing.assert_close(model(x), theirs(x))
+    with pytest.raises(lora.TargetError, match=r"blocks\.0: the same layer is also blocks\.1, which"):
+        lora.adapt(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)] * 2)}))
+
+
+@pytest.mark.parametrize("target", [["q_proj", "lm_head"], r"lm_head", ["lm_head", "embed_tokens"]])
+def test_a_name_that_trains_whole_is_no_target_and_the_message_says_so(target):
+    model = tiny_model("llama")
+    with pytest.raises(
+        lora.TargetError,
+        match="target_modules: 'lm_head' means lm_head, which trains whole under modules_to_save: name it in one",
+    ):
+        lora.adapt(model, target, r=2, modules_to_save=["lm_head"])
+    assert not list(lora.lora_layers(model))
+    lora.adapt(model, ["q_proj"], r=2, modules_to_save=["lm_head"])
+    with pytest.raises(lora.TargetError, match="'lm_head' means lm_head, which trains whole"):
+        lora.adapt(model, target, r=2, adapter_name="second")
+
+
+def test_all_linear_takes_a_classifiers_head_unless_it_trains_whole():
+    """PEFT leaves the head out, and trains it whole, where it is told of the task; there is no task type here."""
+    import peft
+    from transformers import LlamaForSequenceClassification
+
+    def classifier():
+        return LlamaForSequenceClassification(tiny_config("llama", vocab_size=64, num_labels=3))
+
+    assert "score" in lora.adapt(classifier(), "all-linear", r=2)
+    ours = classifier()
+    names = lora.adapt(ours, "all-linear", r=2, modules_to_save=["score"])
+    theirs = peft.get_peft_model(classifier(), peft.LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    prefix = "base_model.model."
+    assert {f"{prefix}{name}.lora_A" for name in names} == {
+        name for name, _ in theirs.named_modules() if name.endswith("lora_A")
+    }
+    whole = {name for name, parameter in ours.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    assert {prefix + name for name in whole} == trained == {f"{prefix}score.modules_to_save.default.weight"}
 
 
 def test_layers_to_transform_as_in_peft():

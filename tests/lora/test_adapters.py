@@ -9,6 +9,8 @@ from conftest import relative_error
 from torch import nn
 
 from phinetune import lora
+from phinetune.adapter import load_adapter, save_adapter
+from phinetune.kernels import bnb, int8
 
 X = torch.linspace(-1, 1, 40).view(5, 8).sin()
 IDS = torch.arange(5)
@@ -292,6 +294,82 @@ def test_whole_modules_and_biases_belong_to_the_adapter():
     torch.testing.assert_close(answer(model), tuned, rtol=1e-5, atol=1e-5)
     with pytest.raises(lora.TargetError, match="modules_to_save: no module's name ends in 'hed'"):
         lora.adapt(net(), ["up"], modules_to_save=["hed"])
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_loralibs_own_call_chose_are_saved_and_can_be_had_without(bias, tmp_path):
+    model, base = net(), answer(net())
+    lora.adapt(model, ["up"], r=2)
+    lora.mark_only_lora_as_trainable(model, bias)
+    keys = model.state_dict().keys()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    tuned = answer(model)
+    assert relative_error(tuned, base) > 0.01
+    with lora.disabled(model):
+        assert torch.equal(answer(model), base)
+    assert torch.equal(answer(model), tuned)
+    assert model.state_dict().keys() == keys
+    assert not any("lora_base" in key for key in keys)
+    save_adapter(model, tmp_path, base="net")
+    again = net()
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(answer(again), tuned, rtol=1e-6, atol=1e-6)
+    theirs = peft.PeftModel.from_pretrained(net(), tmp_path)
+    torch.testing.assert_close(answer(theirs), tuned, rtol=1e-5, atol=1e-5)
+    lora.delete_adapter(model, "default")
+    assert torch.equal(answer(model), base)
+
+
+def test_biases_may_be_chosen_on_meta_before_there_are_any():
+    with torch.device("meta"):
+        model = nn.Sequential(lora.Linear(4, 4, r=2), nn.Linear(4, 4))
+    lora.mark_only_lora_as_trainable(model, "all")
+    filled = nn.Sequential(lora.Linear(4, 4, r=2), nn.Linear(4, 4))
+    model.load_state_dict(filled.state_dict(), assign=True)
+    assert not any(tensor.is_meta for tensor in model.to(torch.float64).state_dict().values())
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with lora.disabled(model):
+        torch.testing.assert_close(model(x), filled.double()(x))
+
+
+@pytest.mark.parametrize("quantise", [int8.quantise, bnb.quantise_4bit])
+def test_whole_modules_can_not_be_quantised_ones(quantise):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    model[1][1].weight = nn.Parameter(quantise(model[1][1].weight.detach()), requires_grad=False)
+    before, trained = dict(model.named_modules()), [p.requires_grad for p in model.parameters()]
+    for name, shown in (("1.1", r"1\.1 is quantised \(weight\)"), ("1", r"1 is quantised \(1\.weight\)")):
+        with pytest.raises(lora.TargetError, match=f"modules_to_save: {shown}, and what is quantised can't train"):
+            lora.adapt(model, ["0"], r=2, modules_to_save=[name])
+        assert dict(model.named_modules()) == before
+        assert [p.requires_grad for p in model.parameters()] == trained
+    lora.adapt(model, ["0", "1.1"], r=2, modules_to_save=["1.0"])
+
+
+@pytest.mark.parametrize("adapter_name", ["train", "type", "keys", "training"])
+def test_names_that_torch_keeps_for_itself_are_refused_for_whole_modules_alone(adapter_name):
+    model = net()
+    before = dict(model.named_modules())
+    with pytest.raises(lora.TargetError, match=f"adapter_name='{adapter_name}': torch has the name itself"):
+        lora.adapt(model, ["up"], adapter_name=adapter_name, r=2, modules_to_save=["down"])
+    assert dict(model.named_modules()) == before
+    lora.adapt(model, ["up"], adapter_name=adapter_name, r=2)
+    assert torch.equal(answer(model), answer(net()))
+
+
+def test_what_was_fused_before_stays_fused():
+    model = ours_with("one")
+    lora.fuse(model)
+    first = next(layer for _, layer in lora.lora_layers(model))
+    first.unmerge()
+    merged = [layer.merged for _, layer in lora.lora_layers(model)]
+    with lora.fused(model):
+        with lora.fused(model):
+            assert all(layer.merged for _, layer in lora.lora_layers(model))
+        assert all(layer.merged for _, layer in lora.lora_layers(model))
+    assert [layer.merged for _, layer in lora.lora_layers(model)] == merged == [False, True, True]
 
 
 def test_whole_modules_can_not_be_weighted_added_or_combined():

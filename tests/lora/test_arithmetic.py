@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import relative_error
+from torch import nn
 
 from phinetune import lora
+from phinetune.lora.functional import Block, Factors, lora_linear, low_rank
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -109,6 +112,87 @@ def test_a_changed_base_weight_is_an_error_in_the_backward_pass_and_not_a_wrong_
         layer.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("settings", [{"r": 3}, {"r": 2, "enable_lora": [1, 0, 1], "out_splits": [4, 2, 3]}])
+def test_lora_B_learns_and_is_written_whatever_its_strides(settings):
+    """As `u[:, :r] * s[:r]` of an SVD leaves it, and `nn.Parameter(t.T)`."""
+
+    def made():
+        torch.manual_seed(0)
+        layer = (lora.MergedLinear if "enable_lora" in settings else lora.Linear)(8, 9, **settings)
+        nn.init.normal_(layer.lora_B)
+        return layer
+
+    plain, strided = made(), made()
+    strided.lora_B.data = strided.lora_B.data.T.contiguous().T
+    assert not strided.lora_B.is_contiguous()
+    x = torch.randn(4, 8)
+    for layer in (plain, strided):
+        layer(x).square().sum().backward()
+    assert plain.lora_B.grad.norm() > 0
+    torch.testing.assert_close(strided.lora_B.grad, plain.lora_B.grad)
+
+    product = plain.product()
+    lora_A, lora_B = torch.randn(product.lora_A.shape), torch.randn(product.lora_B.shape)
+    for layer in (plain, strided):
+        layer.load_product("default", lora_A, lora_B)
+    assert torch.equal(strided.lora_B, plain.lora_B)
+    assert not torch.equal(plain.product().lora_B, product.lora_B)
+    for init_lora_weights in (False, "pissa"):
+        for layer in (plain, strided):
+            layer.adapters["default"].init_lora_weights = init_lora_weights
+            torch.manual_seed(1)
+            with torch.no_grad():
+                layer._initialise("default")
+        assert torch.equal(strided.lora_B, plain.lora_B)
+        assert strided.lora_B.abs().min() > 0
+
+
+def test_a_product_is_detached():
+    for layer in (
+        lora.Linear(8, 6, r=2),
+        lora.Linear(8, 6, r=2, init_lora_weights="pissa"),
+        lora.MergedLinear(8, 6, r=2, enable_lora=[1, 0]),
+        lora.Embedding(8, 6, r=2),
+        lora.Conv2d(8, 6, 3, r=2, layout="peft"),
+    ):
+        product = layer.product()
+        assert not product.lora_A.requires_grad
+        assert not product.lora_B.requires_grad
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_gradients_have_gradients_too(dropout_p):
+    """torch's own finite differences are the reference, for every input, in blocks that share rows and in those that
+    don't."""
+    torch.manual_seed(0)
+    blocks = (
+        Block(slice(0, 3), slice(0, 2), slice(0, 6), 0.5),
+        Block(slice(5, 6), slice(2, 3), slice(6, 7), -2.0),
+        Block(slice(1, 6), slice(3, 5), slice(7, 17), 1.5),
+    )
+    shapes = {"x": (2, 3, 4), "weight": (6, 4), "bias": (6,), "lora_A": (5, 4), "lora_B": (17,)}
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
+
+    def layer(x, weight, bias, lora_A, lora_B):
+        torch.manual_seed(1)  # the same elements are dropped
+        return lora_linear(x, weight, bias, Factors(lora_A, lora_B, blocks), dropout_p)
+
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+
+
+def test_low_rank_is_the_fast_paths_reference():
+    torch.manual_seed(0)
+    blocks = Block(slice(0, 4), slice(0, 2), slice(0, 8), 0.5), Block(slice(2, 6), slice(2, 3), slice(8, 12), 2.0)
+    x, weight, factors = torch.randn(3, 5), torch.randn(6, 5), Factors(torch.randn(3, 5), torch.randn(12), blocks)
+    A, B = factors.lora_A, factors.lora_B
+    expected = torch.zeros(3, 6)
+    expected[:, :4] += 0.5 * x @ A[:2].T @ B[:8].view(4, 2).T
+    expected[:, 2:] += 2 * x @ A[2:].T @ B[8:].view(4, 1).T
+    torch.testing.assert_close(low_rank(x, factors, 6), expected)
+    torch.testing.assert_close(lora_linear(x, weight, None, factors), F.linear(x, weight) + expected)
 
 
 @pytest.mark.parametrize("bad", [{"r": -1}, {"r": 2, "lora_dropout": 1.0}])

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from phinetune import lora
+from phinetune.model.projection import computing_dtype
 
 # name -> (how it is made, what it is given)
 LAYERS = {
@@ -259,6 +260,69 @@ def test_distributed_data_parallel(tmp_path):
     same(torch.load(tmp_path / "grads.pt"), reference)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_torch_func(made, mode):
+    """Gradients of each row alone, a loop's; forward mode, finite differences'; and a vmap over layers, each one's."""
+    layer, x = made
+    layer.double().train(mode == "train")
+    x = x.double() if x.is_floating_point() else x
+    trained = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(parameters, row):
+        return torch.func.functional_call(layer, parameters, (row,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x[:, None])
+    for i, row in enumerate(x):
+        found = gradients(layer, row[None])
+        same({name: gradient[i] for name, gradient in each.items()}, found)
+
+    tangent = {name: torch.randn_like(p) for name, p in trained.items()}
+    _, slope = torch.func.jvp(lambda parameters: loss(parameters, x), (trained,), (tangent,))
+    if not any(adapter.use_dora for adapter in layer.adapters.values()):  # whose norms are constants to autograd
+        ahead, behind = ({name: p + h * tangent[name] for name, p in trained.items()} for h in (1e-5, -1e-5))
+        torch.testing.assert_close(slope, (loss(ahead, x) - loss(behind, x)) / 2e-5, rtol=1e-4, atol=1e-6)
+
+    two = {name: torch.stack([p, 2 * p]) for name, p in trained.items()}
+    with torch.no_grad():
+        stacked = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(two)
+        for i in range(2):
+            alone = torch.func.functional_call(layer, {name: p[i] for name, p in two.items()}, (x,))
+            torch.testing.assert_close(stacked[i], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_penalty_is_that_of_the_dense_layer(made):
+    """Double backward: `create_graph=True`, in a loss of the gradients themselves."""
+    layer, x = made
+    if any(adapter.use_dora for adapter in layer.adapters.values()):
+        pytest.skip("DoRA's norms are constants to autograd, in the dense layer they aren't")
+    layer.double()
+    x = x.double().requires_grad_() if x.is_floating_point() else x
+    names = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+    def penalties(call, weights):
+        first = torch.autograd.grad(call().sin().sum(), weights, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), list(names.values()))
+
+    def dense():
+        plain, weight = layer.to_base(), layer._base_weight + layer.delta_weight()
+        weight = weight if weight.shape == plain.weight.shape else weight.T
+        return torch.func.functional_call(plain, {"weight": weight}, (x,))
+
+    weights = [*names.values(), *([x] if x.requires_grad else [])]
+    for found, expected in zip(penalties(lambda: layer(x), weights), penalties(dense, weights), strict=True):
+        assert expected.norm() > 0
+        torch.testing.assert_close(found, expected)
+
+
+def test_shapes_on_meta(made, request):
+    layer, x = made
+    expected = layer(x)
+    found = layer.to("meta")(x.to("meta"))
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert computing_dtype(x.to("meta")) == x.dtype
+
+
 def test_loads_nothing_but_torch():
     code = [sys.executable, "-X", "importtime", "-c", "import phinetune.lora"]
     lines = subprocess.run(code, check=True, capture_output=True, text=True).stderr.splitlines()
@@ -346,6 +410,71 @@ def test_a_step_taken_in_eval_mode_shows(fused):
             torch.testing.assert_close(layer(x), layer._adapted(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_taken_behind_a_merge_shows(kind, fused):
+    """As where several copies of a model are averaged: nothing asks for a gradient between merge, step and use."""
+    torch.manual_seed(0)
+    layer = lora.Linear(8, 8, r=2)
+    nn.init.normal_(layer.lora_B)
+    optimizer = kind([layer.lora_A, layer.lora_B], lr=0.1, fused=fused)
+    x = torch.randn(3, 8)
+    layer(x).sum().backward()
+    layer.eval()
+    with torch.no_grad():
+        before = layer(x)
+        optimizer.step()
+        assert relative_error(layer(x), before) > 0.01
+        torch.testing.assert_close(layer(x), layer._adapted(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_weight_that_does_not_train_stays_while_others_step():
+    frozen, other = lora.Linear(8, 8, r=2).requires_grad_(False).eval(), nn.Linear(4, 4)
+    merged = frozen._merged_weight()
+    other(torch.randn(2, 4)).sum().backward()
+    torch.optim.SGD(other.parameters(), fused=True).step()
+    assert frozen._merged_weight() is merged
+
+
+def test_dora_on_a_base_with_an_output_of_zeros():
+    torch.manual_seed(0)
+    base = nn.Linear(8, 6)
+    with torch.no_grad():
+        base.weight[2] = 0
+    layer = lora.Linear.from_base(base, r=2, use_dora=True)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(layer(x), base(x))
+    found = gradients(layer, x)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert found["lora_B"][2].norm() > 0, "the output can learn"
+    with torch.no_grad():
+        torch.testing.assert_close(layer.merge_weight(), base.weight)
+        layer.lora_B.add_(0.1)
+    assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "option", [{"padding_idx": 1}, {"scale_grad_by_freq": True}, {"sparse": True}, {"max_norm": 0.5}]
+)
+def test_an_embedding_that_trains_too_has_nn_embeddings_gradient(option):
+    torch.manual_seed(0)
+    plain = nn.Embedding(10, 4, **option)
+    layer = lora.Embedding(10, 4, r=2, _weight=plain.weight.detach().clone(), **option)
+    layer.weight.requires_grad_(True)
+    ids = torch.tensor([[1, 1, 3], [3, 3, 7]])
+    dy = torch.randn(2, 3, 4)
+    for module in (layer, plain):
+        module(ids).backward(dy)
+    if "max_norm" in option:  # torch bounds the rows first, out of autograd's sight; here that is part of the function
+        rows = layer.weight.detach().clone().requires_grad_()
+        bounded = rows * (0.5 / rows.norm(dim=1, keepdim=True)).clamp(max=1)
+        bounded[ids].backward(dy)
+        torch.testing.assert_close(layer.weight.grad, rows.grad, rtol=1e-4, atol=1e-5)
+    else:
+        assert layer.weight.grad.is_sparse == plain.weight.grad.is_sparse
+        torch.testing.assert_close(layer.weight.grad.to_dense(), plain.weight.grad.to_dense())
+
+
 def test_parameters_drawn_again_are_drawn_in_the_layout_of_the_storage():
     for settings in ({}, {"use_dora": True}, {"init_lora_weights": "pissa"}):
         layer = lora.Linear(12, 4, r=2, fan_in_fan_out=True, **settings)
@@ -365,6 +494,11 @@ def test_settings_of_parts_and_of_plain_layers():
         lora.MergedLinear(8, 9, r=[1, 2], enable_lora=[1, 1, 1])
     plain = lora.Linear(8, 8, lora_alpha=4)
     assert (plain.r, plain.lora_alpha, plain.has_lora) == (0, 4, False)
+    emptied = [lora.Linear.from_base(nn.Linear(8, 8), r=2) for _ in range(2)]
+    for layer in emptied:
+        layer.delete_adapter("default")
+    emptied[0].scaling = 3.0
+    assert emptied[1].scaling == 0, "what one plain layer is told is not the others'"
     whole = lora.MergedLinear.from_base(nn.Linear(8, 8), r=4)
     assert "enable_lora=[True]" in repr(whole)
     off = lora.Linear(8, 8, r=2)
