@@ -150,8 +150,9 @@ def _nn_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if not isinstance(weight, QuantisedWeight) or isinstance(input, QuantisedWeight):
         input, weight = (t.dequantise() if isinstance(t, QuantisedWeight) else t for t in (input, weight))
         return F.linear(input, weight, bias)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # there is none on meta
+        dtype = torch.get_autocast_dtype(device)
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
     y_TN = weight.linear(input.reshape(-1, input.shape[-1]), bias)
     return y_TN.view(*input.shape[:-1], y_TN.shape[-1])

@@ -224,7 +224,7 @@ class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay, on the LoRA parameters."""
+    """AdamW's decoupled weight decay, on all that trains but biases and norms."""
     adam_beta1: Share = 0.9
     """AdamW's first moment decay."""
     adam_beta2: Share = 0.999

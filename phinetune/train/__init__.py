@@ -1,4 +1,4 @@
-"""The loop, optimiser, checkpoints and logging of a run."""
+"""A run: its loop, optimiser, checkpoints and logging; what it will need, and proof that it can be resumed."""
 
 from phinetune.train.finetune import Result, train
 from phinetune.train.loop import Loop, training_step
