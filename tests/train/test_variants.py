@@ -5,10 +5,11 @@ import json
 import peft
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 
+import phinetune
 from phinetune import lora
 from phinetune.adapter import load_tuned
 from phinetune.model import adapt_model, load_model
@@ -117,3 +118,42 @@ def test_loraplus_groups_are_pefts():
     assert found.keys() == expected.keys()
     for name in found:
         assert found[name] == pytest.approx(expected[name]), name
+
+
+def test_a_language_model_inside_a_multimodal_one(tmp_path, smollm2_tokenizer, chats):
+    """Whose sizes stand in a configuration of their own (Gemma 3)."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = tiny_config("llama").to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={name: text[name] for name in names},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=40000,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
+    smollm2_tokenizer.save_pretrained(tmp_path / "gemma3")
+    run = phinetune.finetune(
+        model=str(tmp_path / "gemma3"), train=str(chats), eval=0.1,
+        training_config={"output_dir": str(tmp_path / "run"), "max_steps": 2, "use_cpu": True, "learning_rate": 2e-3},
+        peft_config={"r": 2, "exclude_modules": ".*vision_tower.*"},
+    )  # fmt: skip
+    assert run.summary["tuned"]["eval_loss"] < run.summary["base"]["eval_loss"]
+
+
+def test_a_model_whose_layers_cant_be_recomputed(tmp_path, smollm2_tokenizer, chats, caplog):
+    from transformers import AutoModelForCausalLM, OpenAIGPTConfig
+
+    config = OpenAIGPTConfig(vocab_size=49152, n_embd=16, n_layer=1, n_head=2, n_positions=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt")
+    smollm2_tokenizer.save_pretrained(tmp_path / "gpt")
+    training = {"output_dir": str(tmp_path / "run"), "max_steps": 1, "use_cpu": True}
+    run = phinetune.finetune(
+        model=str(tmp_path / "gpt"), train=str(chats), peft_config={"r": 2},
+        training_config={**training, "gradient_checkpointing_layers": 1},
+    )  # fmt: skip
+    assert run.summary["steps"] == 1
+    assert "models can't recompute their layers" in caplog.text
