@@ -53,7 +53,8 @@ bench: install .venv-trl/installed .venv-litgpt/installed
 
 # Phi-3-mini at full size against TRL + PEFT, on a GPU; both in the environment of the peers.
 bench-gpu: install .venv-trl/installed
-	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) --editable '.[qlora]'
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) \
+		--editable '.[qlora]' liger-kernel==0.8.5
 	.venv-trl/bin/python benchmarks/gpu.py
 
 bench-lora: install
@@ -80,7 +81,7 @@ bench-data: install .venv-trl/installed
 .venv-trl/installed: .venv/installed
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt $(PIP_ARGS) \
-		torch transformers datasets peft trl==1.16.0 matplotlib
+		torch transformers datasets peft trl==1.16.0
 	touch $@
 
 # LitGPT wants other versions than are pinned, of all but torch; its command line doesn't start without requests.

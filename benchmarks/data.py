@@ -5,7 +5,8 @@
 Every figure is of a process of its own, timed inside it behind its imports: for TRL the making of an SFTTrainer of a
 two-layer model around a data set that is already loaded, for ours all of `prepare`, the file's reading included.  The
 rows are drawn from English sentences, with names, numbers and words that occur once strewn in, all rows distinct.
-Memory is the peak of anonymous plus shared memory over the process tree.  Results: benchmarks/results/data.json.
+Memory is the peak of anonymous plus shared memory over the process tree.  Results, with the machine:
+benchmarks/results/data.json.
 """
 
 import argparse
@@ -19,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import record
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "data.json"
+RESULTS = record.RESULTS / "data.json"
 RESUME_ROW = 1_000_000
 LETTERS = "aeiou", "bcdfghklmnprstvw"
 
@@ -229,9 +231,10 @@ def measure(asked: argparse.Namespace) -> None:
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     result["versions"] = {"trl": versions[0], "datasets": versions[1]}
-    result["versions"] |= {name: version(name) for name in ("phinetune", "tokenizers", "transformers")}
-    held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    RESULTS.write_text(json.dumps({**held, **result}, indent=2) + "\n", encoding="utf-8")
+    result["versions"] |= record.versions("phinetune", "tokenizers", "transformers")
+    result["machine"] = record.machine()
+    of_mutants = {key: value for key, value in record.read(RESULTS).items() if key.startswith("mutants")}
+    record.write(RESULTS, {**result, **of_mutants})
     print(json.dumps(result, indent=2))
 
 

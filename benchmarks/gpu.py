@@ -3,14 +3,15 @@
     python benchmarks/gpu.py [--rounds 3] [--steps 10] [--batch 8] [--length 1024] [--kinds bf16 nf4]
 
 Both sides train LoRA of rank 16 on all linear layers in bfloat16 on the same rows of random tokens, eight a step,
-without gradient checkpointing; `nf4` is QLoRA, by bitsandbytes on both sides.  TRL and PEFT are taken from this
-environment (`pip install trl peft datasets bitsandbytes`); where `liger-kernel` is there, too, TRL runs with and
-without it.  Writes benchmarks/results/gpu.json: tokens a second of each, ratios, memory, the share of the card's own
-matrix products, and the versions.
+neighbours in length, without gradient checkpointing; `nf4` is QLoRA, by bitsandbytes on both sides.  TRL and PEFT are
+taken from this environment (`pip install trl peft datasets bitsandbytes`); where `liger-kernel` is there, too, TRL runs
+with and without it.  Writes benchmarks/results/gpu.json: tokens a second of each, ratios, memory, the share of the
+card's own matrix products, and the versions.
 """
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -39,10 +40,22 @@ def make_model(folder: Path) -> None:
 
 
 def steps_of(count: int, batch: int, length: int) -> list[list[list[int]]]:
-    """`batch` rows a step, of unequal lengths, from half of `length` up."""
+    """`batch` rows a step, from half of `length` up.
+
+    Those of a step are neighbours in length, as a sampler that groups by length makes them: the least padding that a
+    padding trainer can have.  The steps come in no order.
+    """
     drawn = torch.randint(3, 32000, (count * batch, length), generator=torch.Generator().manual_seed(1))
-    rows = [row[: length - (i * 37) % (length // 2)].tolist() for i, row in enumerate(drawn)]
-    return [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    rows = sorted((row[: length - (i * 37) % (length // 2)].tolist() for i, row in enumerate(drawn)), key=len)
+    steps = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    random.Random(0).shuffle(steps)
+    return steps
+
+
+def padding(steps: list[list[list[int]]]) -> float:
+    """What padding adds to the tokens of a trainer that pads each step to its longest row, as a share."""
+    padded = sum(len(step) * max(map(len, step)) for step in steps)
+    return padded / sum(len(row) for step in steps for row in step) - 1
 
 
 def ours(folder: Path, steps: list[list[list[int]]], kind: str) -> dict[str, Any]:
@@ -221,7 +234,9 @@ def main() -> None:
             make_model(folder)
         found = {
             "device": torch.cuda.get_device_name(),
-            "rows": f"{asked.batch} a step, of {asked.length // 2} to {asked.length} tokens",
+            "rows": f"{asked.batch} a step, of {asked.length // 2} to {asked.length} tokens, neighbours in length",
+            "padding": round(padding(steps_of(asked.steps, asked.batch, asked.length)), 4),
+            "rounds": asked.rounds,
             **{kind: in_turns(folder, asked, kind) for kind in asked.kinds},
             "versions": {"phinetune": phinetune.__version__, **{name: installed(name) for name in PACKAGES}},
         }

@@ -9,23 +9,21 @@ forward and the end of backward, from torch's own record of allocations, the lay
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import loralib
 import peft
+import record
 import torch
 from torch import Tensor, nn
 
 from phinetune import lora
 from phinetune.kernels.products import product
 
-RESULTS = Path(__file__).parent / "results" / "lora_linear.json"
+RESULTS = record.RESULTS / "lora_linear.json"
 
 
 class InPanels(torch.autograd.Function):
@@ -154,11 +152,8 @@ def main() -> None:
             f"{name:14}"
             + "".join(f"{value:{width}.3f}" for value, width in zip(row.values(), (10, 14, 14, 14), strict=True))
         )
-    packages = {name: version(name) for name in ("torch", "peft", "loralib")}
-    found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    found[asked.dtype] = {"settings": vars(asked), "versions": packages, "threads": torch.get_num_threads(), **rows}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    settings = {"settings": vars(asked), "versions": record.versions("torch", "peft", "loralib")}
+    record.merge(RESULTS, {asked.dtype: {**settings, "threads": torch.get_num_threads(), **rows}})
 
 
 if __name__ == "__main__":

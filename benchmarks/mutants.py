@@ -14,8 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import record
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "data.json"
+RESULTS = record.RESULTS / "data.json"
 sys.path[:0] = [str(ROOT / "tests" / "data")]
 
 
@@ -46,9 +48,8 @@ def main() -> None:
                 faults.append(f"{mutant.name}{mutant.suffix}: {fault[:300]}")
     print(*faults, sep="\n")
     result = {"mutants": asked.count, "mutants_unexplained": len(faults), "mutants_seed": asked.seed}
-    result["mutants_slowest_s"] = round(slowest, 1)
-    held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    RESULTS.write_text(json.dumps({**held, **result}, indent=2) + "\n", encoding="utf-8")
+    result |= {"mutants_slowest_s": round(slowest, 1), "mutants_machine": record.machine()}
+    record.merge(RESULTS, result)
     print(json.dumps(result))
 
 

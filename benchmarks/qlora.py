@@ -3,18 +3,21 @@
     python benchmarks/qlora.py        some ten minutes on two cores
 
 SmolLM2-135M in NF4 with double quantisation, r 16 on all linear layers, without dropout, an epoch of 200 real chats
-(the shipped orders where there are none), 50 held out; and ours in bfloat16 for the gap.  Figures go to
-benchmarks/results/qlora.json.
+(the shipped orders where there are none), 50 held out; and ours in bfloat16 for the gap.  Each is a process of its own:
+what one has freed would count as the next one's memory.  Figures go to benchmarks/results/qlora.json.
 """
 
-import importlib.metadata
+import argparse
 import json
 import logging
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 import torch.nn.functional as F
 
@@ -33,23 +36,39 @@ TRAINING = {
     "seed": 42, "save_strategy": "no", "use_cpu": True,
 }  # fmt: skip
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+SIDES = ("ours", "bf16", "peft")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", choices=SIDES, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.run:
+        print(json.dumps(run(asked.run)))
+    else:
+        measure()
+
+
+def measure() -> None:
     train, held_out = chats()
     found: dict[str, Any] = {"rows": len(train), "held_out": len(held_out)}
-    with tempfile.TemporaryDirectory(prefix="phinetune-qlora-") as folder:
-        for name, kwargs in (("ours", {"load_in_4bit": True}), ("bf16", {})):
-            found |= ours(name, {"dtype": "bfloat16", **kwargs}, train, held_out, Path(folder) / name)
-            print(json.dumps(found), flush=True)
-    found |= theirs(train, held_out)
+    for name in SIDES:
+        ran = subprocess.run([sys.executable, __file__, "--run", name], stdout=subprocess.PIPE, text=True, check=True)
+        found |= json.loads(ran.stdout.splitlines()[-1])
+        print(json.dumps(found), flush=True)
     found["loss_ratio"] = found["ours_eval_loss"] / found["peft_eval_loss"]
     found["gap_to_bf16"] = found["ours_eval_loss"] / found["bf16_eval_loss"] - 1
-    packages = ("phinetune", "torch", "transformers", "peft", "bitsandbytes")
-    found["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    path = ROOT / "benchmarks" / "results" / "qlora.json"
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    found["versions"] = record.versions("phinetune", "torch", "transformers", "peft", "bitsandbytes")
+    record.write(record.RESULTS / "qlora.json", {**found, "machine": record.machine()})
     print(json.dumps(found))
+
+
+def run(name: str) -> dict[str, Any]:
+    if name == "peft":
+        return theirs(*chats())
+    kwargs = {"dtype": "bfloat16", "load_in_4bit": name == "ours"}
+    with tempfile.TemporaryDirectory(prefix="phinetune-qlora-") as folder:
+        return ours(name, kwargs, *chats(), Path(folder) / name)
 
 
 def chats() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """Our training on a CPU against TRL + PEFT and LitGPT: `python benchmarks/cpu [SECTION …]`.
 
-    gate      fp32 loss and gradients against PEFT's, also behind 20 steps; nothing is timed where they differ
+    gate      fp32 loss and gradients against PEFT's, also behind 20 steps; bfloat16's loss of each token against fp32's
+              beside PEFT's; where ours differs or is further off, it ends before anything is timed
     speed     rows a second and memory, in rounds with all contenders in turns
     roofline  training's FLOP over the rate of the model's own products, in turns
     cost      seconds a token from 128 to 4,096 tokens a row, with a plot
@@ -14,25 +15,28 @@
     table     writes the figures into docs/benchmarks.md
 
 Every figure is of a process of its own.  A section's keys are merged into benchmarks/results/cpu.json, or another file
-that is named.
+that is named, with the machine, the versions and the arguments that they are of.  `speed` and `inside_trl` go behind
+`gate` even where they are named alone.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import job_io
 import phi3 as phi3_section
+import record
 import speed as speed_section
 import table as table_section
 from rows import ROOT, all_rows, draw_rows
 
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = record.RESULTS / "cpu.json"
 OURS, TRL = speed_section.OURS, speed_section.TRL
 TOLERANCE = 1e-5
 
@@ -72,7 +76,13 @@ def gate(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     print(json.dumps(result), flush=True)
     if max(result["loss_rel_err"], result["grad_rel_err"]) > TOLERANCE:
         raise SystemExit(f"loss or gradients differ from PEFT's by more than {TOLERANCE:.0e}: nothing is timed")
-    return result
+    rounded = job_io.ask(OURS, "child_peft.py", {**job, "what": "bfloat16", "compared": compared})
+    result |= {"bf16_token_error": rounded["ours"], "bf16_token_error_peft": rounded["peft"]}
+    result["gate"]["bfloat16"] = {key: rounded[key] for key in ("tokens", "mean_loss")}
+    print(json.dumps({"bfloat16": rounded}), flush=True)
+    if rounded["ours"] > rounded["peft"]:
+        raise SystemExit("in bfloat16 ours is further from fp32's losses than PEFT's layers are: nothing is timed")
+    return {**result, "peer_versions": found["versions"]}
 
 
 def speed(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def cost(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
         "cost_linear_flop": linear,
     }
     plot = table_section.plot_of(asked.results)
-    job_io.ask(TRL, "child_plot.py", {"by_length": by_length, "linear_flop": linear, "to": str(plot)})
+    job_io.ask(OURS, "child_plot.py", {"by_length": by_length, "linear_flop": linear, "to": str(plot)})
     return result
 
 
@@ -187,18 +197,20 @@ def precision(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     """How far from fp32's loss bfloat16 is behind one update, by PEFT's layers and by ours, inside `SFTTrainer`."""
     rows = draw_rows(2 * job["rows_a_step"], job["batch_rows"])
     own = {**job, "default": False, "layout": "grouped", "attention": "sdpa", "loss": "phinetune", "rows": rows.grouped}
-    own["accumulation"] = job["rows_a_step"] // job["batch_rows"]
-    losses = {
-        name: job_io.ask(TRL, "child_trl.py", {**own, **settings}, {"PYTHONPATH": str(ROOT)})["losses"]
+    own |= {"accumulation": job["rows_a_step"] // job["batch_rows"], "warmup_steps": 0}
+    runs = {
+        name: job_io.ask(TRL, "child_trl.py", {**own, **settings}, {"PYTHONPATH": str(ROOT)})
         for name, settings in {
             "fp32": {"dtype": "float32", "autocast": False, "accelerate": False},
             "bf16, PEFT's layers": {"autocast": True, "accelerate": False},
             "bf16, accelerated": {"autocast": True, "accelerate": True},
         }.items()
     }
+    losses = {name: run["losses"] for name, run in runs.items()}
     print(json.dumps(losses), flush=True)
     exact, peft, ours = (of[1] for of in losses.values())
-    return {"precision": losses, "bf16_loss_error": abs(ours - exact), "bf16_loss_error_peft": abs(peft - exact)}
+    errors = {"bf16_loss_error": abs(ours - exact), "bf16_loss_error_peft": abs(peft - exact)}
+    return {"precision": losses, **errors, "peer_versions": runs["fp32"]["versions"]}
 
 
 def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
@@ -234,6 +246,7 @@ def overlay(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
         "overlay_steps": len(losses["ours"]),
         "overlay_last_loss": {name: statistics.mean(values[-20:]) for name, values in losses.items()},
         "overlay_losses": {name: [round(loss, 4) for loss in values] for name, values in losses.items()},
+        "peer_versions": job_io.versions("peft"),
     }
 
 
@@ -268,29 +281,26 @@ SECTIONS: dict[str, Callable[[dict[str, Any], argparse.Namespace], dict[str, Any
 }
 
 
-def machine() -> dict[str, Any]:
-    """What was measured on, in words."""
-    facts: dict[str, Any] = {"cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
-    file = Path("/proc/cpuinfo")
-    if file.is_file():
-        lines = [line.partition(":") for line in file.read_text(encoding="utf-8").splitlines()]
-        about = {name.strip(): value.strip() for name, _, value in lines}
-        flags = set(about.get("flags", "").split())
-        facts["cpu"] = f"{about.get('model name')}, family {about.get('cpu family')}, model {about.get('model')}"
-        facts["instructions"] = sorted(
-            flags & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8"}
-        )
-        facts["gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    return facts
-
-
-def merge(found: dict[str, Any], results: Path) -> None:
-    """Adds a section's keys to those results; what is a mapping there is added to, not replaced."""
-    held = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    for key in ("spread", "versions"):
-        found[key] = {**held.get(key, {}), **found.get(key, {})}
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps({**held, **found}, indent=2) + "\n", encoding="utf-8")
+def merge(name: str, found: dict[str, Any], asked: argparse.Namespace) -> None:
+    """Puts a section's figures in the place of its former ones, with what they were measured on; other sections keep
+    theirs."""
+    held = record.read(asked.results)
+    sections, spread = held.pop("sections", {}), held.pop("spread", {})
+    for key in sections.get(name, {}).get("figures", []):
+        held.pop(key, None)
+        spread.pop(key, None)
+    sections[name] = {
+        "machine": record.machine(),
+        "versions": job_io.versions("phinetune", "torch", "transformers") | found.pop("peer_versions", {}),
+        "asked": {key: value for key, value in vars(asked).items() if key not in ("sections", "results")},
+    }
+    spread |= found.pop("spread", {})
+    sections[name]["figures"] = sorted(found)
+    held |= found
+    kept_apart = {key for section in sections.values() for key in section["figures"]}
+    if held.keys() <= kept_apart | {"machine", "versions"}:  # of a file from before sections were told apart
+        held = {key: value for key, value in held.items() if key in kept_apart}
+    record.write(asked.results, {**held, "spread": spread, "sections": sections})
 
 
 def main() -> None:
@@ -322,9 +332,7 @@ def main() -> None:
     for name in names:
         if name != "table":
             print(f"-- {name}", flush=True)
-            found = SECTIONS[name](job, asked)
-            found["versions"] = job_io.versions("phinetune", "torch", "transformers") | found.pop("peer_versions", {})
-            merge({**found, "machine": machine()}, asked.results)
+            merge(name, SECTIONS[name](job, asked), asked)
     table_section.write(asked.results)
 
 

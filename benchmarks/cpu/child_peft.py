@@ -1,21 +1,23 @@
 """Is what is timed the same training?  PEFT on transformers' own model as the oracle, in our environment.
 
-`what: gate`    fp32, every lora_B drawn: our loss and each adapter gradient against PEFT's, and behind AdamW steps
-`what: overlay` the losses of a bfloat16 run, ours or PEFT's, from adapter weights that a seed decides
+`what: gate`     fp32, every lora_B drawn: our loss and each adapter gradient against PEFT's, and behind AdamW steps
+`what: bfloat16` how far bfloat16 takes the loss of each token from PEFT's in fp32, by ours and by PEFT
+`what: overlay`  the losses of a bfloat16 run, ours or PEFT's, from adapter weights that a seed decides
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import job_io
 import peft
 import torch
-from child_ours import Trainee, steps_of
+from child_ours import Trainee, examples_of, steps_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from phinetune.data import Example
+from phinetune.model import flat_batches, row_losses
 from phinetune.train.loop import training_step
 from phinetune.train.optimiser import trainable_parameters
 
@@ -88,14 +90,19 @@ class Peft:
         if job.get("one_rounding"):
             round_once(self.model)
 
-    def backward(self, rows: Rows) -> float:
+    def token_losses(self, rows: Rows) -> Tensor:
+        """Of each token that has one before it, in the order of the rows."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         targets = ids.masked_fill(mask == 0, -100)[:, 1:].flatten()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="none")
+        return losses[targets != -100]
+
+    def backward(self, rows: Rows) -> float:
+        loss = self.token_losses(rows).mean()
         loss.backward()
         return loss.item()
 
@@ -129,9 +136,8 @@ def gate(job: dict[str, Any]) -> dict[str, Any]:
 
     def compare(rows: Rows) -> dict[str, float]:
         keep = Gradients(mine)
-        examples = [Example(f"row {i}", ids, [True] * len(ids)) for i, ids in enumerate(rows)]
         settings = {"learning_rate": 0.0, "max_grad_norm": 0.0, "max_batch_tokens": ours.pack_tokens, "seed": (0,)}
-        loss, _ = training_step(ours.model, keep, examples, **settings)
+        loss, _ = training_step(ours.model, keep, examples_of(rows), **settings)
         reference, other = theirs.backward(rows), itself.backward(rows)
         grads, others = (
             {name: parameter.grad for name, parameter in each.parameters.items()} for each in (theirs, itself)
@@ -174,6 +180,36 @@ def gate(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def bfloat16(job: dict[str, Any]) -> dict[str, Any]:
+    """The mean over tokens of |loss in bfloat16 − loss in fp32|, every lora_B drawn.
+
+    Token by token: what is rounded up and what is rounded down cancel in the mean loss, and how well is luck.
+    """
+    rows = job["compared"]
+
+    def of_peft(dtype: torch.dtype) -> Tensor:
+        oracle = Peft(job, dtype)
+        draw_adapter(oracle.parameters, job["seed"], std_of_B=0.02)
+        return torch.cat([oracle.token_losses([row]) for row in rows]).double()  # without padding
+
+    trainee = Trainee({**job, "dtype": "bfloat16"})
+    draw_adapter(dict(trainable_parameters(trainee.model)), job["seed"], std_of_B=0.02)
+    found = [torch.empty(0)] * len(rows)
+    for batch in flat_batches(trainee.model, examples_of(rows), trainee.pack_tokens):
+        each = replace(batch, learnt=[[token] for token in range(len(batch.targets))])  # as if each were a row
+        losses = torch.tensor(row_losses(trainee.model, each), dtype=torch.float64)
+        for row, learnt in zip(batch.rows, batch.learnt, strict=True):
+            found[row] = losses[learnt]
+    exact = of_peft(torch.float32)
+    sides = {"ours": torch.cat(found), "peft": of_peft(torch.bfloat16)}
+    return {
+        "tokens": len(exact),
+        **{name: (losses - exact).abs().mean().item() for name, losses in sides.items()},
+        "mean_loss": {name: losses.mean().item() for name, losses in {"fp32": exact, **sides}.items()},
+    }
+
+
 def overlay(job: dict[str, Any]) -> dict[str, Any]:
     step: Callable[[Rows], float]
     if job["trainer"] == "ours":
@@ -191,7 +227,7 @@ def overlay(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     job = job_io.read()
-    result = {"gate": gate, "overlay": overlay}[job["what"]](job)
+    result = {"gate": gate, "bfloat16": bfloat16, "overlay": overlay}[job["what"]](job)
     job_io.answer({**result, "versions": job_io.versions("phinetune", "torch", "transformers", "peft")})
 
 

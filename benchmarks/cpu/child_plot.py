@@ -1,4 +1,4 @@
-"""The plot of cost by row length; matplotlib is in TRL's environment, since only this needs it."""
+"""The plot of cost by row length."""
 
 from typing import Any
 

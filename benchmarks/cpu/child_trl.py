@@ -38,22 +38,32 @@ def trainer_class(loss: str) -> type[SFTTrainer]:
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step.  The warm-up is a batch forward and backward, without an update."""
+    """Seconds of each step.  The warm-up is whole steps on the first rows, with their updates, as ours is."""
 
-    def __init__(self) -> None:
+    def __init__(self, warmup_steps: int) -> None:
         self.trainer: Any = None
-        self.warmup = 0.0
+        self.warmup_steps, self.warmup = warmup_steps, 0.0
         self.ends: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         begin = time.perf_counter()
-        trainer, rows = self.trainer, min(args.per_device_train_batch_size, len(self.trainer.train_dataset))
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in range(rows)])
-        count = (batch["labels"][:, 1:] != -100).sum()
-        trainer.training_step(trainer.model_wrapped, batch, num_items_in_batch=count)
-        trainer.model.zero_grad()
+        for _ in range(self.warmup_steps):
+            self.step(args)
         self.ends.append(time.perf_counter())
         self.warmup = self.ends[0] - begin
+
+    def step(self, args: Any) -> None:
+        """What the trainer's loop makes of a step's batches."""
+        trainer, size, count = self.trainer, args.per_device_train_batch_size, args.gradient_accumulation_steps
+        rows = [trainer.train_dataset[row] for row in range(min(size * count, len(trainer.train_dataset)))]
+        each = (trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size))
+        batches, items = trainer.get_batch_samples(each, count, args.device)
+        trainer.current_gradient_accumulation_steps = len(batches)
+        for batch in batches:
+            trainer.training_step(trainer.model_wrapped, batch, num_items_in_batch=items)
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ends.append(time.perf_counter())
@@ -83,7 +93,7 @@ def train(job: dict[str, Any], folder: str) -> dict[str, Any]:
             "padding_free": job["layout"] == "padding_free",
             "max_length": job["pack_tokens"] if job["layout"] == "packed" else None,
         }
-    clock = Clock()
+    clock = Clock(job["warmup_steps"])
     trainer = trainer_class(job["loss"])(
         model=model,
         args=SFTConfig(**settings),

@@ -21,17 +21,22 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "grouped, no autocast": {"layout": "grouped", "autocast": False},
     "packed": {"layout": "packed", "autocast": True},
     "padding-free": {"layout": "padding_free", "autocast": True},
+    "batches of 4": {"layout": "grouped", "autocast": True, "batch_rows": 4},
     "batches of 2": {"layout": "grouped", "autocast": True, "batch_rows": 2},
+    "batches of 1": {"layout": "grouped", "autocast": True, "batch_rows": 1},
 }
 # What takes more: a subclass that computes transformers' loss.
 TRL_BEYOND: dict[str, dict[str, Any]] = {
     "grouped, own loss": {"layout": "grouped", "autocast": True, "loss": "transformers"},
     "packed, own loss": {"layout": "packed", "autocast": True, "loss": "transformers"},
+    "batches of 4, own loss": {"layout": "grouped", "autocast": True, "batch_rows": 4, "loss": "transformers"},
     "batches of 2, own loss": {"layout": "grouped", "autocast": True, "batch_rows": 2, "loss": "transformers"},
     "batches of 1, own loss": {"layout": "grouped", "autocast": True, "batch_rows": 1, "loss": "transformers"},
 }
 OURS_IN_BFLOAT16 = "ours, bfloat16"
-LITGPT_BATCHES = {"batches of 1": 1, "batches of 8": 8}
+LITGPT_BATCHES = {f"batches of {rows}": rows for rows in (1, 2, 4, 8)}
+# What phinetune sets for itself (kernels/allocator.py, cli/__init__.py), by the environment.
+MEMORY_KEPT = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
 def rate(run: dict[str, Any]) -> float:
@@ -42,7 +47,7 @@ def rate(run: dict[str, Any]) -> float:
 def contenders(job: dict[str, Any], rows: Rows, default_rows: int, checkpoint: str) -> dict[str, Contender]:
     batch, a_step = job["batch_rows"], job["rows_a_step"]
 
-    def trl(settings: dict[str, Any]) -> Contender:
+    def trl(settings: dict[str, Any], environment: dict[str, str] | None = None) -> Contender:
         own = {"loss": "trl", "attention": "sdpa", "batch_rows": batch, **settings, "default": False}
         own["autocast"] = own["autocast"] and job["dtype"] == "bfloat16"
         if own["layout"] == "packed":  # as many packs a step as hold about its rows
@@ -50,11 +55,11 @@ def contenders(job: dict[str, Any], rows: Rows, default_rows: int, checkpoint: s
             own["accumulation"] = max(1, round(tokens / job["pack_tokens"]))
         else:
             own["accumulation"] = a_step // own["batch_rows"]
-        return lambda: job_io.ask(TRL, "child_trl.py", {**job, **own, "rows": rows.grouped})
+        return lambda: job_io.ask(TRL, "child_trl.py", {**job, **own, "rows": rows.grouped}, environment)
 
-    def litgpt(batch_rows: int) -> Contender:
+    def litgpt(batch_rows: int, environment: dict[str, str] | None = None) -> Contender:
         own = {"what": "train", "checkpoint": checkpoint, "batch_rows": batch_rows, "rows": rows.grouped}
-        return lambda: job_io.ask(LITGPT, "child_litgpt.py", {**job, **own})
+        return lambda: job_io.ask(LITGPT, "child_litgpt.py", {**job, **own}, environment)
 
     default = {"default": True, "loss": "trl", "rows": rows.some(default_rows)}
     ours = {**job, "what": "speed", "rows": rows.shuffled}
@@ -64,20 +69,22 @@ def contenders(job: dict[str, Any], rows: Rows, default_rows: int, checkpoint: s
         OURS_IN_BFLOAT16: lambda: job_io.ask(OURS, "child_ours.py", in_bfloat16),
         "TRL, defaults": lambda: job_io.ask(TRL, "child_trl.py", {**job, **default}),
         **{f"TRL, {name}": trl(settings) for name, settings in {**TRL_SETTINGS, **TRL_BEYOND}.items()},
-        **{f"LitGPT, {name}": litgpt(batch_rows) for name, batch_rows in LITGPT_BATCHES.items()},
+        **{f"TRL, {name}, memory kept": trl(settings, MEMORY_KEPT) for name, settings in TRL_BEYOND.items()},
+        **{f"LitGPT, {name}": litgpt(size) for name, size in LITGPT_BATCHES.items()},
+        **{f"LitGPT, {name}, memory kept": litgpt(size, MEMORY_KEPT) for name, size in LITGPT_BATCHES.items()},
     }
 
 
 def run(name: str, contender: Contender) -> dict[str, Any]:
     found = contender()
-    print(f"{name:30} {rate(found):7.1f} tokens/s  {found['seconds']:6.1f} s  {found['gb']:5.2f} GB", flush=True)
+    print(f"{name:40} {rate(found):7.1f} tokens/s  {found['seconds']:6.1f} s  {found['gb']:5.2f} GB", flush=True)
     return found
 
 
 def measure(
     job: dict[str, Any], rows: Rows, pilot_rows: Rows, default_rows: int, rounds: int, only: list[str] | None
 ) -> dict[str, Any]:
-    """A short pilot of all variants (or some, by name), then rounds of ours, TRL's defaults, each kind's fastest."""
+    """A short pilot of all variants (or some, by name), then rounds of ours, TRL's defaults, each kind's faster two."""
     with tempfile.TemporaryDirectory() as work:
         checkpoint = str(Path(work) / "litgpt")
         has_litgpt = LITGPT.is_file()
@@ -86,16 +93,18 @@ def measure(
 
         everyone = contenders({**job, "passes": 1}, pilot_rows, default_rows, checkpoint)
         tried = [name for name in everyone if name not in ("ours", OURS_IN_BFLOAT16, "TRL, defaults")]
+        if job["dtype"] != "bfloat16":  # there it is "TRL, grouped"
+            tried.remove("TRL, grouped, no autocast")
         tried = [name for name in tried if has_litgpt or not name.startswith("LitGPT")]
         tried = [name for name in tried if not only or name in only]
         pilot = {name: run(name, everyone[name]) for name in tried}
 
-        def fastest(names: list[str], count: int) -> list[str]:
-            return sorted(set(names) & set(pilot), key=lambda name: rate(pilot[name]), reverse=True)[:count]
+        def faster_two(names: list[str]) -> list[str]:
+            return sorted(set(names) & set(pilot), key=lambda name: rate(pilot[name]), reverse=True)[:2]
 
         settings = [f"TRL, {name}" for name in TRL_SETTINGS]
-        chosen = [*fastest(settings, 2), *fastest([name for name in tried if name.startswith("TRL")], 1)]
-        chosen += fastest([name for name in tried if name.startswith("LitGPT")], 1)
+        chosen = [*faster_two(settings), *faster_two([name for name in tried if name.startswith("TRL")])]
+        chosen += faster_two([name for name in tried if name.startswith("LitGPT")])
         ours = ["ours"] if job["dtype"] == "bfloat16" else ["ours", OURS_IN_BFLOAT16]
         chosen = list(dict.fromkeys([*ours, *chosen, *(["TRL, defaults"] if default_rows else [])]))
         everyone = contenders(job, rows, default_rows, checkpoint)

@@ -12,15 +12,17 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 # (key, what it is, form)
 FIGURES = [
-    ("vs_trl_tuned", "rows a second against TRL + PEFT, the fastest of its settings", "{:.2f} ×"),
-    ("vs_trl_best", "against TRL with small batches and another loss, the fastest found", "{:.2f} ×"),
+    ("vs_trl_tuned", "rows a second against TRL + PEFT, the fastest of its settings tried", "{:.2f} ×"),
+    ("vs_trl_best", "against TRL with more than its settings, the fastest found", "{:.2f} ×"),
     ("vs_trl_default", "against TRL's defaults", "{:.2f} ×"),
     ("vs_litgpt", "against LitGPT", "{:.2f} ×"),
     ("roofline", "share of the rate of the model's own products", "{:.2f}"),
-    ("memory_vs_trl_tuned", "peak memory against TRL + PEFT, the fastest of its settings", "{:.2f} ×"),
+    ("memory_vs_trl_tuned", "peak memory against TRL + PEFT, the fastest of its settings tried", "{:.2f} ×"),
     ("memory_vs_trl_best", "peak memory against the fastest TRL found", "{:.2f} ×"),
     ("loss_rel_err", "fp32 loss against PEFT's, relative", "{:.1e}"),
     ("grad_rel_err", "fp32 adapter gradients against PEFT's, relative, the worst tensor", "{:.1e}"),
+    ("bf16_token_error", "bf16 loss of a token, mean distance to fp32's", "{:.4f}"),
+    ("bf16_token_error_peft", "the same by PEFT's layers", "{:.4f}"),
     ("overlay_mean_abs", "bf16 losses of 200 steps, mean distance to PEFT's run", "{:.4f}"),
     ("overlay_peft_spread", "the same between PEFT's own runs of three seeds", "{:.4f}"),
     ("overlay_to_rounded_once", "ours to PEFT's run whose sums are rounded once", "{:.4f}"),
@@ -57,6 +59,36 @@ def shown(form: str, value: float | None) -> str:
     return "–" if value is None else form.format(value)
 
 
+def spread_of(form: str, values: list[float]) -> str:
+    """Nothing where there was one round."""
+    least, most = (shown(form, value) for value in values)
+    return "" if values[0] == values[1] else f"{least} to {most}"
+
+
+def measured_on(found: dict[str, Any]) -> list[str]:
+    """A line where all sections were measured on one machine with the same versions, else one for each such group."""
+    parts = [(f"`{name}`", of["machine"], of["versions"]) for name, of in found.get("sections", {}).items()]
+    if "machine" in found:  # of a file from before sections were told apart
+        parts.append(("the rest", found["machine"], found["versions"]))
+    groups: list[tuple[list[str], dict[str, Any], dict[str, str]]] = []
+    for name, machine, versions in parts:
+        for names, same_machine, together in groups:
+            if machine == same_machine and all(together.get(p, number) == number for p, number in versions.items()):
+                names.append(name)
+                together |= versions
+                break
+        else:
+            groups.append(([name], machine, dict(versions)))
+    lines = []
+    for names, about, versions in groups:
+        lines.append(
+            f"Machine{' of ' + ', '.join(names) if len(groups) > 1 else ''}: {about.get('cpu', 'unknown')}, "
+            f"{about['cores']} cores, {about.get('gb', '?')} GB, {', '.join(about.get('instructions', []))}. "
+            f"Python {about['python']}; {', '.join(f'{p} {number}' for p, number in sorted(versions.items()))}.\n"
+        )
+    return lines
+
+
 def plot_of(results: Path) -> Path:
     """Where the picture of the cost by row length belongs."""
     return PAGE.parent / "images" / f"cost_per_length{results.stem.removeprefix('cpu')}.png"
@@ -69,16 +101,18 @@ def render(found: dict[str, Any], plot: Path) -> str:
     for key, what, form in FIGURES:
         if key not in found:  # its section wasn't run
             continue
-        low_high = " to ".join(shown(form, value) for value in spread[key]) if key in spread else ""
+        low_high = spread_of(form, spread[key]) if key in spread else ""
         with_whom = f" ({against[key]})" if key in against else ""
         figures.append([what + with_whom, f"`{key}`", shown(form, found[key]), low_high])
     parts = rows_of(["figure", "key", "median", "least to most"], figures)
 
     if "contenders" in found:
-        rows = found["rows"]
+        rows, asked = found["rows"], found.get("sections", {}).get("speed", {}).get("asked")
         parts.append(
             f"{rows['count']} rows of {rows['source']}, {rows['tokens']:,} tokens (median {rows['median']:.0f}, "
-            f"longest {rows['longest']}), {rows['a_step']} rows a step:\n"
+            f"longest {rows['longest']}), {rows['a_step']} rows a step"
+            + (f"; {asked['rounds']} rounds, ours {asked['passes']} passes over them in each" if asked else "")
+            + ":\n"
         )
         parts += rows_of(
             ["contender", "tokens/s", "least to most", "rows/s", "peak GB", "warm-up s"],
@@ -86,7 +120,7 @@ def render(found: dict[str, Any], plot: Path) -> str:
                 [
                     name,
                     f"{run['tokens_per_second']:.0f}",
-                    " to ".join(f"{value:.0f}" for value in run["tokens_per_second_spread"]),
+                    spread_of("{:.0f}", run["tokens_per_second_spread"]),
                     f"{run['rows_per_second']:.2f}",
                     f"{run['gb']:.2f}",
                     f"{run['warmup_seconds']:.1f}",
@@ -130,15 +164,7 @@ def render(found: dict[str, Any], plot: Path) -> str:
                 for name, at in found["inside_trl"].items()
             ),
         )
-    if "machine" in found:
-        about = found["machine"]
-        parts.append(
-            f"Machine: {about.get('cpu', 'unknown')}, {about['cores']} cores, {about.get('gb', '?')} GB, "
-            f"{', '.join(about.get('instructions', []))}. Python {about['python']}; "
-            + ", ".join(f"{name} {number}" for name, number in sorted(found.get("versions", {}).items()))
-            + ".\n"
-        )
-    return "\n".join(parts)
+    return "\n".join(parts + measured_on(found))
 
 
 def write(results: Path, page: Path = PAGE) -> None:

@@ -11,18 +11,21 @@
     plan         what `phinetune plan` says beside what runs take, Phi-3-mini at full size among them
     signals      SIGTERM and SIGINT at random instants
 
-A section's keys are merged into benchmarks/results/reliability.json, and the table into docs/reliability.md.
+A section's keys are merged into benchmarks/results/reliability.json, with the versions that they are of.
 """
 
 import argparse
 import importlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
 
 import corruption as corruption_trials
 import disk as disk_trials
@@ -30,7 +33,7 @@ import forked
 import hostile as hostile_trials
 import kills as kill_trials
 import plans as plan_trials
-import results
+import record
 import signals as signal_trials
 import small_phi3
 from subject import Subject
@@ -137,7 +140,7 @@ def main() -> None:
     parser.add_argument("--truncations", type=int, default=20, help="a file")
     parser.add_argument("--flips", type=int, default=50, help="of bits, a file")
     parser.add_argument("--every", type=int, default=1, help="N-th system call only")
-    parser.add_argument("--results", type=Path, default=results.PATH)
+    parser.add_argument("--results", type=Path, default=record.RESULTS / "reliability.json")
     asked = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     importlib.import_module("imported")  # what every run imports
@@ -163,7 +166,7 @@ def in_lanes(folder: Path, asked: argparse.Namespace) -> None:
     ended = [os.waitpid(pid, 0)[1] for pid, _ in lanes]
     assert not any(ended), "a section has failed; it says above why"
     for _, results_of_lane in lanes:
-        results.merge(asked.results, json.loads(results_of_lane.read_text(encoding="utf-8")))
+        record.merge(asked.results, record.read(results_of_lane))
 
 
 def run(sections: list[str], bench: Bench, merged_into: Path) -> None:
@@ -174,8 +177,8 @@ def run(sections: list[str], bench: Bench, merged_into: Path) -> None:
         if name in ("kills", "signals"):
             found[f"{name}_model"] = Path(bench.asked.model).name if bench.asked.model else "smollm2, small"
         print(json.dumps({name: found}), flush=True)
-        found["versions"] = results.versions("phinetune", "torch", "transformers", "safetensors")
-        results.merge(merged_into, found)
+        found[f"{name}_versions"] = record.versions("phinetune", "torch", "transformers", "safetensors")
+        record.merge(merged_into, found)
 
 
 if __name__ == "__main__":

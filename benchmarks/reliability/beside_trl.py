@@ -12,14 +12,17 @@ The keys begin with `trl_` and are merged into benchmarks/results/reliability.js
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import kills as kill_trials
-import results
+import record
 from subject import SAVED_EVERY, STEPS
 from trl_subject import TrlSubject
 
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--every", type=int, default=1, help="N-th system call only")
-    parser.add_argument("--results", type=Path, default=results.PATH)
+    parser.add_argument("--results", type=Path, default=record.RESULTS / "reliability.json")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="phinetune-scoreboard-") as folder:
         given = TrlSubject(Path(folder) / "subject", str(asked.model.absolute()))
@@ -51,10 +54,10 @@ def main() -> None:
             begin = time.monotonic()
             found = SECTIONS[name](given, asked)
             found |= {f"{name}_seconds": round(time.monotonic() - begin), f"{name}_seed": asked.seed}
-            found["versions"] = results.versions("trl", "peft", "transformers", "torch")
+            found[f"{name}_versions"] = record.versions("trl", "peft", "transformers", "torch")
             found = {f"trl_{key}": value for key, value in found.items()}
             print(json.dumps({name: found}), flush=True)
-            results.merge(asked.results, found)
+            record.merge(asked.results, found)
 
 
 def check_clean_stops(given: TrlSubject) -> None:

@@ -48,11 +48,12 @@ def corrupt(given: Subject, seed: int, truncations: int, flips: int) -> dict[str
 
 
 def damages(data: bytes, rng: random.Random, truncations: int, flips: int) -> Iterator[bytes | None]:
-    """What becomes of a file; None where it is missing."""
+    """What becomes of a file; None where it is missing.  It is cut within: neither to nothing nor not at all."""
     yield None
     yield b""
-    for i in range(truncations):
-        yield data[: i * len(data) // truncations]
+    assert len(data) > truncations
+    for i in range(1, truncations + 1):
+        yield data[: i * len(data) // (truncations + 1)]
     for _ in range(flips):
         place, bit = rng.randrange(len(data)), rng.randrange(8)
         yield data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]

@@ -112,7 +112,8 @@ def _ended_well(
 ) -> bool:
     """One clear error, the checkpoint before whole, nothing temporary left; and the run goes on once there is room."""
     text = said.read_text(encoding="utf-8")
-    told = re.search(rf"^error: {re.escape(str(out))}\S*: no space: [\d,]+ bytes .* [\d,]+ too few; ", text, re.M)
+    why = r"(, [\d,]+ too few|: a quota is used up, or [^;]+); "  # where room is left by the disk's own account
+    told = re.search(rf"^error: {re.escape(str(out))}\S*: no space: [\d,]+ bytes [^;]+ are free{why}", text, re.M)
     left, kept = subject.leftovers(out), given.resumable(out)
     faults = []
     if code != 1:

@@ -11,41 +11,51 @@ from subject import Subject
 
 LATE, SECOND_LATE = 5.0, 1.0  # seconds; a step of the subject is below a second
 SECOND = 0.2  # share of the trials in which a second signal follows at once
+LAST = ("answer, compare", "ending")  # phases in which a run may be through before it hears of a signal
 ENDED = {signal.SIGTERM: {143, -signal.SIGTERM}, signal.SIGINT: {130, -signal.SIGINT}}
 
 
 def interrupt(given: Subject, count: int, seed: int) -> dict[str, Any]:
-    """Each run is signalled once (or twice), must end in time, and be resumed to the same bytes."""
+    """Each run is signalled once (or twice), must end in time, and be resumed to the same bytes.
+
+    A run that is through before its signal is no trial; another is drawn.
+    """
     rng = random.Random(seed)
-    late, lost, slowest, second, phases = 0, 0, 0.0, 0, dict[str, int]()
-    for trial in range(count):
-        out, said = given.folder / f"signalled-{trial}", given.folder / f"signalled-{trial}.txt"
+    sent, late, lost, slowest, second, phases = 0, 0, 0, 0.0, 0, dict[str, int]()
+    while sent < count:
+        out, said = given.folder / f"signalled-{sent}", given.folder / f"signalled-{sent}.txt"
         number, twice = rng.choice([signal.SIGTERM, signal.SIGINT]), rng.random() < SECOND
         run = given.start(out, said)
-        if run.ends_within(rng.uniform(0.0, given.seconds * 0.98)) is not None:
-            trial_code: int | None = 0  # it was through before
-            took = 0.0
-        else:
-            phase = phase_of(said.read_text(encoding="utf-8") if said.exists() else "")
-            phases[phase] = phases.get(phase, 0) + 1
-            begin = time.monotonic()
+        code = run.ends_within(rng.uniform(0.0, given.seconds * 0.98))
+        if code is not None:
+            assert code == 0, run.text()
+            shutil.rmtree(out)
+            said.unlink()
+            continue
+        phase = phase_of(run.text())
+        begin = time.monotonic()
+        run.kill(number)
+        sent += 1
+        phases[phase] = phases.get(phase, 0) + 1
+        code = run.ends_within(0.02) if twice else None
+        twice = twice and code is None
+        if twice:
             run.kill(number)
-            if twice:
-                time.sleep(0.02)
-                run.kill(number)
-            trial_code = run.ends_within(60)
-            took = time.monotonic() - begin
-        second += twice
+            second += 1
+        if code is None:
+            code = run.ends_within(60)
+        took = time.monotonic() - begin
         slowest = max(slowest, took)
         faults = []
-        if trial_code is None:
+        if code is None:
             run.kill()
             run.wait()
         if took > (SECOND_LATE if twice else LATE):
             late += 1
             faults.append(f"took {took:.1f} s")
-        if trial_code not in {0, *ENDED[number]} or "Traceback" in run.text():
-            faults.append(f"ended with {trial_code}")
+        was_done = code == 0 and phase in LAST and "done:" in run.text()
+        if not (was_done or code in ENDED[number]) or "Traceback" in run.text():
+            faults.append(f"ended with {code}")
         left_before = subject.leftovers(out) if out.exists() and not twice else []
         again = given.start(out, said, resume=True).wait()
         if again != 0 or given.digests(out) != given.whole:
@@ -58,7 +68,7 @@ def interrupt(given: Subject, count: int, seed: int) -> dict[str, Any]:
         else:
             shutil.rmtree(out)
     return {
-        "signals": count,
+        "signals": sent,
         "signals_late": late,
         "signals_faults": lost,
         "signals_twice": second,
@@ -73,7 +83,7 @@ def phase_of(text: str) -> str:
     if not lines:
         return "load, tokenise, rehearse"
     last = lines[-1]
-    if "done:" in text:
+    if "done:" in text or last.startswith("tuned"):
         return "ending"
     if last.startswith("wrote") and f"checkpoint-{subject.STEPS}" in last:
         return "answer, compare"

@@ -1,5 +1,6 @@
 """The `phinetune` command. Heavy imports happen inside the verbs, so that `--help` answers at once."""
 
+import io
 import os
 import signal
 import sys
@@ -31,6 +32,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Empty an output fo
 
 def main() -> None:
     """Runs the command line; a fault of the user's is one line on standard error, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a sign that a terminal lacks is spelt out, as on standard error
+        sys.stdout.reconfigure(errors="backslashreplace")
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
@@ -114,7 +117,9 @@ def init(
 data_app = typer.Typer(help="Look at your data as training will.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 What = Annotated[list[str], typer.Argument(help="A recipe, or data: files, folders, a Hub id, -; and key=value.")]
-ForModel = Annotated[str | None, typer.Option("--model", help="Whose tokenizer and template; smollm2 by default.")]
+ForModel = Annotated[
+    str | None, typer.Option("--model", help="Whose tokenizer and template; else a recipe's own, or smollm2.")
+]
 
 
 @data_app.command("check")
