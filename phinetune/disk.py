@@ -33,9 +33,9 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small file, whole or not at all."""
+    """A small file, whole or not at all; half of a surrogate pair, as JSON may hold, is spelt out."""
     with replacing(path, len(text)) as work:
-        work.write_text(text, encoding="utf-8")
+        work.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def naming_full_disk(path: Path, size: int = 0) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers and safetensors have their own kinds, with the system's number as text
-        if getattr(error, "errno", None) not in FULL and f"os error {errno.ENOSPC}" not in str(error):
+        if getattr(error, "errno", None) not in FULL and not any(f"(os error {n})" in str(error) for n in FULL):
             raise
         raise _full(path, size) from None
 
@@ -74,6 +74,11 @@ def flush(path: Path) -> None:
 
 def _full(path: Path, size: int) -> RunError:
     free = free_bytes(path)
-    short = max(size - free, 1)
-    what = f"no space: {size:,} bytes are to be written and {free:,} are free, {short:,} too few"
+    what = f"no space: {size:,} bytes are to be written and {free:,} are free"
+    if free < size:
+        what += f", {size - free:,} too few"
+    elif size:
+        what += ": a quota is used up, or the number of files that the disk takes"
+    else:  # nobody knew how many
+        what = f"no space: {free:,} bytes are free"
     return RunError(str(path), what, "make room there, and go on with --resume; what was whole is whole")

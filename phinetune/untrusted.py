@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import stat
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,12 +124,13 @@ def _time_is_up(number: int, frame: object) -> None:
 @contextmanager
 def _address_space(more: int) -> Iterator[None]:
     """No more than `more` bytes can be added to what this process has."""
-    if not sys.platform.startswith("linux"):
+    try:
+        used = int(Path("/proc/self/statm").read_bytes().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux, or one without /proc: what is used isn't known
         yield
         return
     import resource
 
-    used = int(Path("/proc/self/statm").read_bytes().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     bounds = [bound for bound in (used + more, soft, hard) if bound != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))

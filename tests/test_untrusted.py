@@ -45,6 +45,17 @@ def test_a_block_ends(work, error):
     time.sleep(0.001)
 
 
+def test_where_nothing_says_what_memory_is_used_it_is_not_bounded(monkeypatch):
+    def read_bytes(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("phinetune.untrusted.Path.read_bytes", read_bytes)
+    with bounded(1.0, 1 << 20):
+        assert len(bytearray(1 << 28)) == 1 << 28
+    with pytest.raises(TimeoutError), bounded(0.2, 1 << 20):
+        render(LOOPS)
+
+
 def test_garbage_of_the_process_takes_none_of_its_time():
     for error in (None, KeyError):
         with contextlib.suppress(KeyError), bounded(1.0, 1 << 28):

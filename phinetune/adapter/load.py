@@ -29,7 +29,7 @@ from phinetune.lora.biases import is_bias, keep_base_biases, trained_biases
 from phinetune.lora.layer import DEFAULT, LoRALayer
 from phinetune.lora.modules_to_save import saved_modules
 from phinetune.lora.switch import replace_module, switch_off
-from phinetune.lora.targets import FusedParts, is_transposed, lora_class, whole_modules
+from phinetune.lora.targets import FusedParts, check_trainable, is_transposed, lora_class, whole_modules
 from phinetune.untrusted import bounded
 
 PATTERN_SECONDS, PATTERN_BYTES = 0.1, 1 << 28  # for the patterns of an adapter's configuration
@@ -50,12 +50,13 @@ def load_adapter(
     layers, others = by_layer(tensors)
     modules = {name: module for name, module in model.named_modules() if lora_class(module) is not None}
     faults = [f"{name} is adapted, which the model has not" for name in layers if name not in modules]
-    fitting = layers.keys() & modules.keys()
     try:  # a configuration is data of strangers: anything may stand in it, a pattern that takes forever too
-        faults += [fault for name in fitting for fault in _misfits(name, modules[name], layers[name], config)]
+        misfits = {name: _misfits(name, modules[name], layers[name], config) for name in layers if name in modules}
+        faults += [fault for found in misfits.values() for fault in found]
+        fitting = [name for name, found in misfits.items() if not found]
         faults += _misplaced(model, others, config)
         with bounded(PATTERN_SECONDS, PATTERN_BYTES):  # the patterns alone: Phi-3's tensors take longer to look at
-            scalings = {n: scaling_from(config, n, _rank(modules[n], layers[n])) for n in layers if n in fitting}
+            scalings = {n: scaling_from(config, n, _rank(modules[n], layers[n])) for n in fitting}
         settings = {
             n: _settings(n, modules[n], layers[n], scaling, config, fused or {}) for n, scaling in scalings.items()
         }
@@ -75,6 +76,7 @@ def load_adapter(
         raise AdapterError(str(folder), "; ".join(faults[:3]) + more, "use the base model it was made for")
 
     try:
+        check_trainable(model, whole_modules(model, config.get("modules_to_save") or ()), adapter_name)
         made = add_to_layers(model, adapter_name, settings, torch.float32)
     except (ValueError, TypeError) as error:
         raise AdapterError(str(folder), str(error), "use the base model it was made for") from None
@@ -143,8 +145,8 @@ def _misfits(name: str, module: nn.Module, own: Mapping[str, Tensor], config: Ma
         return [f"missing {PREFIX}{name}{suffix}" for suffix in missing]
     outputs = weight.shape[1 if isinstance(module, nn.Embedding) or is_transposed(module) else 0]
     bias, table = own.get(BASE_BIAS), own.get(BASE_WEIGHT)
-    if bias is not None and (module._parameters.get("bias") is None or len(bias) != outputs):
-        return [f"{name} has a bias of {len(bias)}, which the model's layer has not"]
+    if bias is not None and (module._parameters.get("bias") is None or bias.shape != (outputs,)):
+        return [f"{name} has a bias of {bias.numel()}, which the model's layer has not"]
     if table is not None and (table.shape != weight.shape or not _is_rounded_alike(table, weight)):
         return [f"{name} brings a table of its own, which isn't the model's"]
     if bool(config.get("use_dora")) != (MAGNITUDE in own):
@@ -152,7 +154,7 @@ def _misfits(name: str, module: nn.Module, own: Mapping[str, Tensor], config: Ma
     if MAGNITUDE in own and own[MAGNITUDE].numel() != outputs:
         return [f"{name} has {own[MAGNITUDE].numel()} magnitudes, the model's layer {outputs} outputs"]
     lora_A, lora_B = own[suffix_A], own[suffix_B]
-    r, groups = lora_A.shape[0], getattr(module, "groups", 1)
+    r, groups = lora_A.shape[0] if lora_A.ndim else 0, getattr(module, "groups", 1)
     if isinstance(module, nn.Embedding):
         expected = ((r, weight.shape[0]), (weight.shape[1], r))
     elif lora_class(module) is lora.Linear:

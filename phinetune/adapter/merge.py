@@ -15,14 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from phinetune.adapter.publish import MERGED
+from phinetune.adapter.publish import MERGED, SENTENCEPIECE
 from phinetune.adapter.tuned import base_of, device_of, load_tuned
 from phinetune.disk import check_room, flush, naming_full_disk
 from phinetune.errors import AdapterError
+from phinetune.hub import hub_answers
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper
-from phinetune.model import filed_dtype, stop_ids
+from phinetune.model import filed_dtype, load_tokenizer, smollm2, stop_ids
 from phinetune.model.files import CONFIG, INDEX
 from phinetune.model.quantise import in_4bit
 from phinetune.recipe import ModelKwargs
@@ -76,6 +77,8 @@ def merge_adapter(
         with naming_full_disk(output):
             _write_shards(_merged(model, written_in, in_few_bits if dequantised else None), work)
             _describe(model, tokenizer, written_in, work)
+            if sentencepiece := _sentencepiece(tokenizer, *base_of(Path(folder), as_filed)):
+                shutil.copyfile(sentencepiece, work / SENTENCEPIECE)
             for path in work.iterdir():
                 flush(path)
             if output.exists():
@@ -203,3 +206,19 @@ def _describe(model: Any, tokenizer: Any, dtype: torch.dtype, folder: Path) -> N
     # As it is: save_pretrained refuses what a base may come with, a temperature without do_sample, say.
     generation.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
+
+
+def _sentencepiece(tokenizer: Any, base: str, kwargs: ModelKwargs) -> Path | None:
+    """The base's tokenizer.model, by which llama.cpp's converter reads Phi-3 and Llama; None where there is none, or
+    it lacks tokens that were added since. transformers writes it no more."""
+    from transformers.utils import cached_file
+
+    if base == smollm2.NAME or base.endswith(".gguf"):
+        return None
+    options: dict[str, Any] = {"revision": kwargs.revision, "cache_dir": kwargs.cache_dir, "token": kwargs.token}
+    options |= {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    found = cached_file(base, SENTENCEPIECE, local_files_only=not hub_answers(), **options)
+    if found is None:
+        return None
+    own = load_tokenizer(base, kwargs, {"chat_template": tokenizer.chat_template})
+    return Path(found) if own.get_vocab() == tokenizer.get_vocab() else None

@@ -41,6 +41,9 @@ def make_portable(source: str | Path, target: str | Path) -> None:
         raise AdapterError(str(source), f"uses {', '.join(foreign)}, which has no portable form", "merge it instead")
     layers, _ = by_layer(tensors)
     matrices = {name: MATRICES[MATRICES[True][0] in own] for name, own in layers.items()}
+    for name, own in layers.items():
+        if faulty := [key for key in matrices[name] if key not in own or not own[key].ndim]:
+            raise AdapterError(str(source), f"{PREFIX}{name}{faulty[0]} is missing, or no matrix", "save it again")
     ranks = {name: own[matrices[name][0]].shape[0] for name, own in layers.items()}
     scalings = {name: scaling_from(config, name, rank) for name, rank in ranks.items()}
     r, scaling = max(ranks.values()), Counter(scalings.values()).most_common(1)[0][0] or 1.0

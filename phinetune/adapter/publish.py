@@ -18,7 +18,8 @@ TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", f"{TEMPLATES}/*.jinja",
 )  # fmt: skip
 ADAPTER = (CONFIG_FILE, TENSOR_FILE, CHAT_FORMAT_FILE, *TOKENIZER)
-MERGED = (CONFIG, "generation_config.json", "model*.safetensors", INDEX, *TOKENIZER)
+SENTENCEPIECE = "tokenizer.model"
+MERGED = (CONFIG, "generation_config.json", "model*.safetensors", INDEX, SENTENCEPIECE, *TOKENIZER)
 
 
 def files_to_publish(folder: Path, merged: bool = False) -> dict[str, bytes | Path]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from phinetune.adapter.load import load_adapter
-from phinetune.adapter.peft_format import CONFIG_FILE, read_adapter, read_chat_format
+from phinetune.adapter.peft_format import CONFIG_FILE, read_adapter_config, read_chat_format
 from phinetune.data import chat_fingerprint
 from phinetune.errors import AdapterError
 from phinetune.model import fused_parts, load_model, load_tokenizer, pick_device, smollm2
@@ -46,7 +46,7 @@ def base_of(folder: Path, kwargs: ModelKwargs, base: str | None = None) -> tuple
     Raises:
         AdapterError: if it names none, or one that is another by now.
     """
-    config, _ = read_adapter(folder)
+    config = read_adapter_config(folder)
     revision = config.get("revision") if base is None else None  # of the base that it names
     base = base or config.get("base_model_name_or_path")
     if not isinstance(base or "", str) or not isinstance(revision or "", str):

@@ -25,6 +25,8 @@ def run_chat(
     from phinetune.train.estimate import has_room_to_fold
 
     quiet_libraries()
+    for option, text in (("--prompt", prompt), ("--system", system)):
+        _check_text(option, text or "")
     if compare and not is_adapter(run):
         raise AdapterError(run, "is no adapter, so there is nothing to compare with its base", "give a run's folder")
     model, tokenizer = load(run, allow_template_mismatch=allow_mismatch)
@@ -62,8 +64,17 @@ def _asked() -> Any:
             return
         except UnicodeDecodeError as error:
             raise InputError("stdin", f"is not UTF-8 ({error.reason})", "write in UTF-8") from None
+        _check_text("stdin", said)
         if said:
             yield said
+
+
+def _check_text(where: str, text: str) -> None:
+    """Raises InputError for bytes that were no text, which Python keeps as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(where, "is not UTF-8", "write in UTF-8") from None
 
 
 def _write(text: str) -> None:

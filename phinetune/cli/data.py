@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from phinetune.cli.paths import check_output, existing
 from phinetune.errors import DataError, RecipeError
 from phinetune.recipe import Recipe, apply_override, load_recipe, make_recipe
 
@@ -20,7 +21,7 @@ def run_check(what: Sequence[str], model: str | None, every_row: bool, as_json: 
     from phinetune.data.check import check_data
 
     with _rows_counted(shown=not as_json) as advance:
-        checked = check_data(recipe.data, tokenizer, every_row, advance)
+        checked = check_data(recipe.data, tokenizer, recipe.training_config.seed_of_rows, every_row, advance)
     if as_json:
         print(json.dumps({"model": recipe.model, **{name: source.summary() for name, source in checked.items()}}))
     else:
@@ -29,14 +30,18 @@ def run_check(what: Sequence[str], model: str | None, every_row: bool, as_json: 
     for source in checked.values():
         ledger = source.ledger
         if source.refused:
-            mend = "remove them, or set data.duplicates or data.held_out_in_train"
-            raise DataError(ledger.source, " and ".join(source.refused), mend)
-        if not ledger.used or source.share_lost > recipe.data.max_rejected:
+            raise source.refused[0]
+        if source.share_lost > recipe.data.max_rejected:
             what_is = f"{source.share_lost:.1%} of {ledger.rows:,} rows can't be used: a run would refuse this data"
             raise DataError(ledger.source, what_is, "correct these rows, or raise data.max_rejected")
+        if not ledger.used:
+            what_is = f"none of {ledger.rows:,} rows is left to train on: a run would refuse this data"
+            raise DataError(ledger.source, what_is, "correct these rows, or see what is left out above")
 
 
 def run_preview(what: Sequence[str], model: str | None, row: int, count: int, ids: bool, page: Path | None) -> None:
+    if page is not None:
+        check_output(page)
     recipe, tokenizer = _asked(what, model)
 
     from phinetune.data import Rejected
@@ -60,13 +65,14 @@ def run_preview(what: Sequence[str], model: str | None, row: int, count: int, id
 
 def _asked(what: Sequence[str], model: str | None) -> tuple[Recipe, Any]:
     """The recipe that is meant, by its file or by the data's, and its tokenizer."""
-    settings = [item for item in what if "=" in item and not Path(item).exists()]
+    settings = [item for item in what if "=" in item and existing(item) is None]
     items = [item for item in what if item not in settings]
     recipes = [item for item in items if item.endswith((".yaml", ".yml"))]
     if len(recipes) > 1 or (recipes and len(items) > 1):
         raise RecipeError(" ".join(items), "is more than one thing to look at", "give one recipe, or data alone")
     if recipes:
-        recipe, words = load_recipe(recipes[0], [*settings, *([f"model={model}"] if model else [])])
+        settings += [f"model={json.dumps(model, ensure_ascii=False)}"] if model else []
+        recipe, words = load_recipe(recipes[0], settings)
     else:
         if not items:
             raise RecipeError("data", "nothing to look at", "give a recipe, files, folders, a Hub id or -")
@@ -91,6 +97,8 @@ def _print(name: str, source: Any, recipe: Recipe) -> None:
     print(f"\n{name}: {ledger.source}  ({speed})")
     print(f"  rows        {ledger.rows:>12,}   {formats}")
     print(f"  can be used {ledger.used:>12,}   {ledger.used / ledger.rows:.1%}")
+    if ledger.held_out:
+        print(f"  held out    {ledger.held_out:>12,}")
     print(f"  rejected    {ledger.rejected:>12,}")
     for words, count in ledger.dropped.items():
         print(f"  left out    {count:>12,}   rows that {words}")

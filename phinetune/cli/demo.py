@@ -1,15 +1,18 @@
 """`phinetune demo`: the embedded model learns the shipped example, before and after shown."""
 
+import json
+import shlex
 from importlib import resources
 from pathlib import Path
 
-from phinetune.recipe import load_recipe
+from phinetune.recipe import Recipe, load_recipe
 
 SHOWN = 3
 
 
 def run_demo(output_dir: Path, seed: int | None, overwrite: bool) -> None:
-    overrides = [f"output_dir={output_dir}"] + ([] if seed is None else [f"seed={seed}"])
+    overrides = [f"output_dir={json.dumps(str(output_dir), ensure_ascii=False)}"]
+    overrides += [] if seed is None else [f"seed={seed}"]
     recipe, words = load_recipe(_demo_recipe(), overrides)
 
     from phinetune.cli.quiet import quiet_libraries
@@ -31,7 +34,7 @@ def run_demo(output_dir: Path, seed: int | None, overwrite: bool) -> None:
         print(f"{name:14}{base[name]:8.3f}{tuned[name]:8.3f}")
     summary = result.summary
     print(f"\n{summary['steps']} steps; in all {summary['seconds']:.0f} s and {summary['peak_gb']:.2f} GB of memory.")
-    print(f"Talk to it:     phinetune chat {result.folder} --compare")
+    print(f"Talk to it:     {_chat(result.folder, recipe)}")
     print("Your own data:  phinetune init chats.jsonl && phinetune train recipe.yaml")
 
 
@@ -40,6 +43,15 @@ def _demo_recipe() -> Path:
     package = Path(str(resources.files("phinetune")))
     inside = package / "recipes" / "demo.yaml"
     return inside if inside.is_file() else package.parent / "recipes" / "demo.yaml"
+
+
+def _chat(folder: Path, recipe: Recipe) -> str:
+    """The command that talks to it as it was trained: behind the system message of all its rows."""
+    from phinetune.data import Row, read_rows
+
+    first = next(read_rows(recipe.data.train))
+    assert isinstance(first, Row)
+    return f"phinetune chat {folder} --compare \\\n  --system {shlex.quote(first.messages[0]['content'])}"
 
 
 def _one_line(text: str, width: int = 100) -> str:

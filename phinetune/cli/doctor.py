@@ -48,8 +48,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
 def _why_no_kernels(found: dict[str, Any]) -> str:
     if found["device"] != "cpu":
         return "none: they are for CPUs"
-    if not found["compiler"]:
-        return "none: there is no C++ compiler (install g++ or clang++)"
     if found["kernels_in"] is None:
         return "none: they need AVX512-BF16 or AVX2, which this processor hasn't; plain products are used"
+    if not found["compiler"]:
+        return "none: there is no C++ compiler (install g++ or clang++)"
     return "none: they couldn't be compiled, or PHINETUNE_COMPILE=0 is set"

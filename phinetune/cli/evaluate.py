@@ -1,10 +1,11 @@
 """`phinetune evaluate`"""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from phinetune.errors import RecipeError
+from phinetune.errors import AdapterError, RecipeError
 from phinetune.recipe import (
     ANSWER_METRICS,
     EvaluationConfig,
@@ -25,14 +26,18 @@ def run_evaluate(
     allow_mismatch: bool,
     as_json: bool,
 ) -> None:
-    from phinetune.adapter import load_tuned, recipe_of
+    from phinetune.adapter import is_adapter, load_tuned, recipe_of
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.data import Renderer
     from phinetune.evaluate import check_held_out, compare, held_out
     from phinetune.train.estimate import has_room_to_fold
 
     quiet_libraries()
+    if not is_adapter(run):
+        raise AdapterError(str(run), "holds no adapter" if run.exists() else "no such folder", "give a run's folder")
     recipe = recipe_of(run)
+    for function in _functions_of(recipe) if answers and not metrics else ():
+        print(f"{function} isn't run from a recipe: --metric {function}", file=sys.stderr)
     evaluation = evaluation_of(recipe, metrics if answers else None, settings)
     check_held_out(run, recipe, data)
     model, tokenizer = load_tuned(
@@ -60,6 +65,11 @@ def run_evaluate(
         intervals = f"tuned {_between(found.tuned_interval)}, tuned - base {_between(found.difference_interval)}"
         print(f"{name:14}{found.base:9.4f}{found.tuned:9.4f}   {intervals}")
     print("(in brackets: 95 % confidence, by resampling the rows)")
+
+
+def _functions_of(recipe: Recipe | None) -> list[str]:
+    """The run's own functions of answers, which are code, and whose folder may be a stranger's."""
+    return [name for name in recipe.evaluation.metrics if name not in ANSWER_METRICS] if recipe else []
 
 
 def _between(interval: tuple[float, float]) -> str:

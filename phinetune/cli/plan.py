@@ -17,10 +17,12 @@ def run_plan(recipe: Path, overrides: Sequence[str], device: str | None, as_json
         print(word, file=sys.stderr)
 
     from phinetune.cli.quiet import quiet_libraries
+    from phinetune.cli.sigterm import tidied_up
     from phinetune.train.forecast import forecast
 
     quiet_libraries()
-    found = forecast(loaded, device)
+    with tidied_up():
+        found = forecast(loaded, device)
     print(json.dumps(found) if as_json else "\n".join(_lines(found)))
 
 
@@ -30,6 +32,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     for name, size in found["gb"].items():
         heading = HEADINGS.get(name, name)
+        if name == "process" and found["share_of_gpu_rate"]:
+            heading = "CUDA"
         if name == "activations":
             heading += f" of {found['batch_tokens']:,} tokens"
             if found["recomputed_layers"]:
@@ -42,7 +46,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {'beside it, weights read from their file':64} {found['mapped_gb']:8.2f} GB"
     yield f"  {'free':64} {found['free_gb']:8.2f} GB"
     yield ""
-    yield f"  {found['steps']:,} steps of {found['seconds_a_step']:.2g} s: {_duration(found['seconds'])}"
+    a_step = f"{found['seconds_a_step']:.2g}" if found["seconds_a_step"] < 10 else f"{found['seconds_a_step']:,.0f}"
+    yield f"  {found['steps']:,} steps of {a_step} s: {_duration(found['seconds'])}"
     if found["share_of_gpu_rate"]:
         yield f"  (by the device's data sheet, at {found['share_of_gpu_rate']} of its rate; a small model takes longer)"
     yield f"  checkpoints {found['disk_gb']:.2f} GB, of {found['disk_free_gb']:,.0f} GB free"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from phinetune.cli.paths import check_output
 from phinetune.errors import InputError
 
 COMPARISON = Path("comparison.html")
@@ -15,6 +16,7 @@ def run_report(runs: Sequence[Path], output: Path | None, overwrite: bool) -> No
         print(f"wrote {write_report(runs[0])}")
         return
     page = output or COMPARISON
+    check_output(page)
     if page.exists() and not overwrite:
         raise InputError(str(page), "is there already", "give another --output, or --overwrite")
     write_comparison(runs, page)

@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from phinetune.errors import RecipeError
+from phinetune.cli.paths import existing
 from phinetune.recipe import load_recipe
 
 
 def run_train(recipe: Path, overrides: Sequence[str], resume: bool, overwrite: bool, rehearsal: bool) -> None:
-    settings = [argument for argument in overrides if "=" in argument]
-    checkpoints = [argument for argument in overrides if "=" not in argument]
-    if checkpoints and not (resume and len(checkpoints) == 1):
-        raise RecipeError(f"override {checkpoints[0]!r}", "has no `=`", "write key=value, such as learning_rate=1e-4")
+    checkpoints = [argument for argument in overrides if resume and _is_checkpoint(argument)][:1]
+    settings = [argument for argument in overrides if argument not in checkpoints]  # a second folder is no setting
     loaded, words = load_recipe(recipe, settings)
 
     from phinetune.cli.quiet import quiet_libraries
@@ -23,3 +21,9 @@ def run_train(recipe: Path, overrides: Sequence[str], resume: bool, overwrite: b
     print(f"\nTalk to it:   phinetune chat {result.folder}")
     if result.comparison:
         print(f"Measure it:   phinetune evaluate {result.folder}")
+
+
+def _is_checkpoint(argument: str) -> bool:
+    """A folder may have a `=` in its name."""
+    path = existing(argument)
+    return "=" not in argument or (path is not None and path.is_dir())

@@ -15,11 +15,12 @@ def run_verify_resume(recipe: Path, overrides: Sequence[str], seed: int | None, 
     for word in words:
         print(word, file=sys.stderr)
 
+    from phinetune.cli.sigterm import tidied_up
     from phinetune.train.verify import STEPS, verify_resume
 
     if not as_json:
         print(f"running {recipe} for {STEPS} steps, then again, killed in between")
-    with tempfile.TemporaryDirectory(prefix="phinetune-verify-") as folder:
+    with tidied_up(), tempfile.TemporaryDirectory(prefix="phinetune-verify-") as folder:
         found = verify_resume(recipe, overrides, Path(folder), seed)
     if as_json:
         print(json.dumps(found))

@@ -6,15 +6,13 @@ other's turn and everything takes several times as long, so the number is held t
 
 import math
 import os
-from pathlib import Path
 
 import torch
 
+from phinetune.files import control_groups
+
 # What a container may use, by both versions of control groups: "quota period" in one file, or in two.
-QUOTAS = [
-    ["/sys/fs/cgroup/cpu.max"],
-    ["/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"],
-]
+QUOTAS = [["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]]
 
 
 def settle_threads() -> str:
@@ -33,11 +31,13 @@ def settle_threads() -> str:
 
 def _quota() -> int:
     """Cores that a container may use, rounded up; a large number where there is no limit."""
-    for files in QUOTAS:
-        try:
-            quota, period = " ".join(Path(file).read_text(encoding="utf-8") for file in files).split()
-            if int(quota) > 0:
-                return max(1, math.ceil(int(quota) / int(period)))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return 1 << 30
+    cores = [1 << 30]
+    for group in control_groups("cpu"):
+        for files in QUOTAS:
+            try:
+                quota, period = map(int, " ".join((group / file).read_text(encoding="utf-8") for file in files).split())
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+            if quota > 0:
+                cores.append(max(1, math.ceil(quota / period)))
+    return min(cores)

@@ -1,7 +1,8 @@
 """Curves and bars as SVG that stands in a page by itself."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 INK = "#010203"  # becomes the page's own colour of text, so that a dark page has light axes
@@ -22,25 +23,27 @@ def curves(title: str, unit: str, series: Sequence[Series]) -> str:
     series = [one for one in series if len(one.steps)]
     if not series:
         return ""
-    figure, axes = _axes(title, "step", unit)
-    for number, one in enumerate(series):
-        mark = "o" if one.marked or len(one.steps) == 1 else None
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(one.steps, one.values, color=colour, label=one.label, marker=mark, markersize=3.5, linewidth=1.4)
-    if len(series) > 1:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-    return _svg(figure, title)
+    with _plain_settings(title):
+        figure, axes = _axes(title, "step", unit)
+        for number, one in enumerate(series):
+            mark = "o" if one.marked or len(one.steps) == 1 else None
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(one.steps, one.values, color=colour, label=one.label, marker=mark, markersize=3.5, linewidth=1.4)
+        if len(series) > 1:
+            axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        return _svg(figure)
 
 
 def bars(title: str, unit: str, bins: Sequence[tuple[int, int, int]], across: str) -> str:
     """A histogram: (from, to, how many)."""
     if not bins:
         return ""
-    figure, axes = _axes(title, across, unit)
     edges = [begin for begin, _, _ in bins]
     widths = [bins[0][1] - bins[0][0] + 1] * len(bins)
-    axes.bar(edges, [count for _, _, count in bins], width=widths, align="edge", color=COLOURS[0], edgecolor="none")
-    return _svg(figure, title)
+    with _plain_settings(title):
+        figure, axes = _axes(title, across, unit)
+        axes.bar(edges, [count for _, _, count in bins], width=widths, align="edge", color=COLOURS[0], edgecolor="none")
+        return _svg(figure)
 
 
 def _axes(title: str, across: str, up: str) -> tuple[Any, Any]:
@@ -60,12 +63,19 @@ def _axes(title: str, across: str, up: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any, title: str) -> str:
-    """The same bytes for the same numbers; its ids are unlike those of other charts in a page."""
+@contextmanager
+def _plain_settings(title: str) -> Iterator[None]:
+    """matplotlib's own settings, whatever a matplotlibrc or the caller's session asks for: text by LaTeX, say. The same
+    numbers give the same bytes; ids are unlike those of other charts in a page."""
     import matplotlib
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title}
-    with matplotlib.rc_context(settings), io.StringIO() as file:
+    settings = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context({**settings, "svg.fonttype": "none", "svg.hashsalt": title}):
+        yield
+
+
+def _svg(figure: Any) -> str:
+    with io.StringIO() as file:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = file.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -1,6 +1,5 @@
 """What machine this is, how phinetune will use it, and how much of its speed training reaches."""
 
-import os
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from phinetune.kernels.threads import settle_threads
 from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype
 from phinetune.recipe import DataConfig, ModelKwargs, PeftConfig, TrainingConfig
 from phinetune.train import machine
-from phinetune.train.memory import MemoryPeak, memory_free
+from phinetune.train.memory import MemoryPeak, memory_free, memory_total
 from phinetune.train.optimiser import make_optimizer
 from phinetune.train.rates import rates_by_dtype, share_reached
 
@@ -36,7 +35,7 @@ def examine(training: bool = True) -> dict[str, Any]:
         "device": machine.device_name(device),
         "cpu": machine.cpu(),
         "threads": threads,
-        "memory_gb": {"total": _memory_total() / 1e9, "free": memory_free() / 1e9},
+        "memory_gb": {"total": memory_total() / 1e9, "free": memory_free() / 1e9},
         "gpu_memory_gb": _gpu_memory(device),
         "freed_memory_is_kept": kept,
         "compiler": " ".join(native.find_compiler()) or None,
@@ -81,7 +80,3 @@ def _gpu_memory(device: torch.device) -> dict[str, float] | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return {"total": total / 1e9, "free": free / 1e9}
-
-
-def _memory_total() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

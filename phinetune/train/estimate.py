@@ -9,6 +9,7 @@ from phinetune import lora
 from phinetune.kernels import native
 from phinetune.kernels.int8 import Int8Weight
 from phinetune.kernels.products import product
+from phinetune.lora.targets import is_transposed
 from phinetune.model.memory import Batch, bytes_to_come, mapped_bytes
 from phinetune.train.memory import memory_free, memory_in_use
 
@@ -23,11 +24,16 @@ def expected_seconds(model: Any, tokens: int, supervised: int) -> float:
 
     4 FLOP a weight and token (2 forward, 2 back), over the measured rate.
 
-    The head counts for supervised tokens only.  See Hu et al. for why a frozen weight has no third product.
+    The head counts for supervised tokens only, with a third product where it trains whole.  See Hu et al. for why a
+    frozen weight has none.
     """
     head = model.get_output_embeddings()
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    flop = 4 * weights * tokens + 4 * supervised * (head.weight.numel() if head is not None else 0)
+    within = set() if head is None else set(head.modules())  # the original and the copy of one that trains
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) or is_transposed(m)]
+    weights = sum(layer.weight.numel() for layer in layers if layer not in within)
+    flop: float = 4 * weights * tokens
+    if head is not None:
+        flop += (6 if head.weight.requires_grad else 4) * head.weight.numel() * supervised
     has_kernels = model.device.type == "cpu" and native.kernels_for(model.dtype)
     return flop / (product_rate(model) * (SHARE_WITH_KERNELS[model.dtype] if has_kernels else SHARE_OF_RATE))
 
@@ -36,16 +42,17 @@ def product_rate(model: Any) -> float:
     """FLOP a second of this machine at one of the model's own products (some 0.2 s)."""
     layers = [layer for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear)]
     layer = max(layers or [model.get_output_embeddings()], key=lambda layer: layer.weight.numel())
-    x = torch.ones(512, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    weight = layer.weight.T if is_transposed(layer) else layer.weight  # (out, in), however it is stored
+    x = torch.ones(512, weight.shape[1], dtype=weight.dtype, device=weight.device)
     seconds = []
     with torch.no_grad():
         for _ in range(4):
             begin = time.perf_counter()
-            product(x, layer.weight.T)
+            product(x, weight.T)
             if x.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
-    return float(2 * x.shape[0] * layer.weight.numel() / min(seconds))
+    return float(2 * x.shape[0] * weight.numel() / min(seconds))
 
 
 def expected_gb(model: Any, batch: Batch) -> float:

@@ -18,12 +18,15 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from phinetune.data import Plan, Prepared, prepare
 from phinetune.disk import free_bytes
@@ -31,14 +34,14 @@ from phinetune.errors import InputError, PhinetuneError, RecipeError, RunError
 from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.kernels.threads import settle_threads
-from phinetune.model import load_config, load_tokenizer, pick_device
+from phinetune.model import adapt_model, load_config, load_tokenizer, pick_device
 from phinetune.model.memory import mapped_bytes
-from phinetune.recipe import Recipe, dump_recipe, load_recipe
+from phinetune.recipe import PeftConfig, Recipe, dump_recipe, load_recipe
 from phinetune.train.best import Best
-from phinetune.train.checkpoint import checkpoint_bytes, most_at_once
+from phinetune.train.checkpoint import MINIMUM_KEPT, checkpoint_bytes, most_at_once
 from phinetune.train.finetune import largest_batch, make_loop
 from phinetune.train.loop import Loop
-from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use
+from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use, memory_total
 from phinetune.train.optimiser import trainable_parameters
 from phinetune.train.rehearsal import longest_rows, rehearse
 from phinetune.train.schedule import Schedule
@@ -54,6 +57,7 @@ CONTEXT = 0.6e9  # what CUDA takes for itself; assumed, not measured
 FEW_MEASURED = 2  # layers of the smaller measurement: one is off the line, as its peak is the head's
 MEASURED_BYTES, MOST_MEASURED = 1 << 30, 16  # of the larger measurement, and its layers
 TIMED_STEPS, MOST_PASSES, TIMED_SECONDS = 4, 3, 6.0
+BFLOAT16, INT8, NF4 = 2.0, 1.0, 0.52  # bytes of a weight; NF4's with its scales
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,10 @@ class Needs:
 
     process: float
     loaded: float
+    parameters: float
+    """How many are frozen."""
     weights: float
+    """Their bytes."""
     mapped: float
     """Of the weights: read from their file as they are wanted, and not counted in the peak."""
     trained: float
@@ -109,6 +116,8 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     """
     training = recipe.training_config
     free, rate = _device(device, training.use_cpu)
+    if rate is not None and recipe.model_kwargs.dtype == "auto":  # what it is there, whatever is faster here
+        recipe = recipe.derived("model_kwargs", "dtype", "bfloat16", "the GPU, for auto")
     if recipe.data.train == "-":
         raise RecipeError("data.train", "is standard input, which can be read once only", "give a file")
     tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
@@ -116,8 +125,8 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     steps = Plan(data.train.lengths, training.seed_of_rows, training, recipe.data.max_length, data.weights)
     tokens = int(data.train.lengths[steps.rows_from(0)].sum())
     config = load_config(recipe.model, recipe.model_kwargs)
-    layers = int(config.num_hidden_layers)
-    lines = _Lines(recipe, layers, int(config.hidden_size))
+    lines = _Lines(recipe, config)
+    layers = lines.layers
     room = Room(free, math.inf if training.max_memory_gb is None else training.max_memory_gb * 1e9)
     recomputed = _recomputed(recipe, lines, room, on_gpu=rate is not None)
     needs = lines.at(recomputed)
@@ -148,18 +157,28 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         "disk_gb": round((kept * needs.checkpoint + needs.checkpoint / 4) / 1e9, 3),
         "disk_free_gb": round(free_bytes(Path(training.output_dir)) / 1e9, 3),
     }
-    return {**found, "advice": _advice(recipe, found, needs, batch.longest)}
+    in_layers = needs.parameters - lines.all(bool(recomputed), 0).parameters
+    return {**found, "advice": _advice(recipe, found, needs, in_layers, batch.longest)}
 
 
 class _Lines:
-    """What is measured, when it is first asked for: layers that keep what their gradients need, or are recomputed."""
+    """What is measured, when it is first asked for: layers that keep what their gradients need, or are recomputed.
 
-    def __init__(self, recipe: Recipe, layers: int, hidden: int) -> None:
-        self.recipe, self.layers = recipe, layers
-        layer = 24 * hidden**2  # bytes: some 12 squares of it in 16 bits
-        self.more = min(max(MEASURED_BYTES // layer, 3), MOST_MEASURED, layers)
-        self.few = min(FEW_MEASURED, layers)
+    Where a recipe adapts some of the layers by their numbers, the few that are measured are all adapted, and what
+    trains is counted in the whole model.  Time and activations are of a run that adapts all, no less than its own.
+    """
+
+    def __init__(self, recipe: Recipe, config: Any) -> None:
+        sizes = config.get_text_config()  # of the language model, where it is one of several
+        self.recipe, self.layers = recipe, int(sizes.num_hidden_layers)
+        layer = 24 * int(sizes.hidden_size) ** 2  # bytes: some 12 squares of it in 16 bits
+        self.more = min(max(MEASURED_BYTES // layer, 3), MOST_MEASURED, self.layers)
+        self.few = min(FEW_MEASURED, self.layers)
         self._measured: dict[bool, tuple[Needs, Needs]] = {}
+        self._whole: Any = None  # without weights
+        if recipe.peft_config.layers_to_transform is not None or _names_with_numbers(recipe.peft_config):
+            self._whole, peft = _adapted_by_number(recipe, config)
+            self.recipe = recipe.model_copy(update={"peft_config": peft})
 
     def ends(self, recomputed: bool) -> tuple[Needs, Needs]:
         if recomputed not in self._measured:
@@ -169,7 +188,19 @@ class _Lines:
 
     def all(self, recomputed: bool, layers: int | None = None) -> Needs:
         few, more = self.ends(recomputed)
-        return few.with_layers(self.few, more, self.more, self.layers if layers is None else layers)
+        line = few.with_layers(self.few, more, self.more, self.layers if layers is None else layers)
+        if self._whole is None or layers is not None:
+            return line
+        trained = _bytes_of(trainable_parameters(self._whole).values())
+        further = trained - line.trained
+        return replace(
+            line,
+            trained=trained,
+            loaded=line.loaded + further,
+            stepping=line.stepping + 4 * further,  # gradients and two moments beside it
+            rehearsed=line.rehearsed + further,
+            checkpoint=checkpoint_bytes(self._whole),
+        )
 
     def at(self, recomputed: int) -> Needs:
         """With so many of the layers recomputed: between both lines."""
@@ -182,6 +213,33 @@ class _Lines:
         """Bytes that all layers keep: what grows with their number, without their weights and what trains."""
         needs, none = self.at(recomputed), self.all(bool(recomputed), 0)
         return (needs.stepping - none.stepping) - (needs.loaded - none.loaded) - 12 / 4 * (needs.trained - none.trained)
+
+
+def _names_with_numbers(peft: PeftConfig) -> list[str]:
+    """Names of modules, and patterns, that may mean a layer by its number."""
+    given = (peft.target_modules, peft.exclude_modules, peft.rank_pattern, peft.alpha_pattern, peft.modules_to_save)
+    names = [name for some in given for name in ([some] if isinstance(some, str) else some or ())]
+    return [name for name in names if re.search(r"\d", name)]
+
+
+def _adapted_by_number(recipe: Recipe, config: Any) -> tuple[Any, PeftConfig]:
+    """The whole model, adapted, without weights; and what adapts each of a few layers as some of all are.
+
+    Raises:
+        RecipeError: as the run would.
+    """
+    from transformers import AutoModelForCausalLM
+
+    peft = recipe.peft_config
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    adapted = adapt_model(whole, peft, recipe.training_config.seed)
+    update: dict[str, Any] = {"layers_to_transform": None, "layers_pattern": None}
+    if numbered := _names_with_numbers(peft):
+        update |= {"target_modules": sorted({name.rpartition(".")[2] for name in adapted}), "exclude_modules": None}
+        update |= {"rank_pattern": {}, "alpha_pattern": {}}
+        update["modules_to_save"] = [name for name in peft.modules_to_save or () if name not in numbered] or None
+    return whole, peft.model_copy(update=update)
 
 
 def _recomputed(recipe: Recipe, lines: _Lines, room: Room, on_gpu: bool) -> int:
@@ -203,7 +261,7 @@ def _moved(needs: Needs) -> Needs:
 
 def _on_gpu(needs: Needs, rate: float, recomputed: float) -> Needs:
     """Memory as it is measured here, time by the device's rate: 4 FLOP a weight and token, 2 more where recomputed."""
-    flop = (4 + 2 * recomputed) * needs.weights / 2
+    flop = (4 + 2 * recomputed) * needs.parameters
     return replace(_moved(needs), seconds=flop / (rate * SHARE_ON_A_GPU))
 
 
@@ -220,23 +278,34 @@ def _parts(needs: Needs, lines: _Lines, recomputed: int) -> dict[str, float]:
     return {**parts, "head and working memory": max(needs.peak - sum(parts.values()), 0.0)}
 
 
-def _advice(recipe: Recipe, found: dict[str, Any], needs: Needs, longest: int) -> list[str]:
-    """What to change, the mildest first; nothing where the run fits."""
+def _advice(recipe: Recipe, found: dict[str, Any], needs: Needs, in_layers: float, longest: int) -> list[str]:
+    """What to change, the mildest first; nothing where the run fits.
+
+    Args:
+        in_layers: parameters of the decoder layers, which 8 and 4 bits are for.
+    """
     advice = []
+    training, kwargs = recipe.training_config, recipe.model_kwargs
     if found["disk_gb"] > found["disk_free_gb"]:
-        advice.append("training_config.save_total_limit=2, save_strategy: epoch, or another output_dir")
+        if training.save_total_limit is None or training.save_total_limit > MINIMUM_KEPT:
+            advice.append(f"training_config.save_total_limit={MINIMUM_KEPT}: only the newest checkpoints are kept")
+        advice.append("training_config.output_dir=… on a disk with more room")
     if found["fits"]:
         return advice
+    is_plain, element = not (kwargs.load_in_8bit or kwargs.load_in_4bit), needs.weights / needs.parameters
+    if is_plain and element > 3:  # float32
+        less = needs.weights - BFLOAT16 * needs.parameters
+        advice.append(f"model_kwargs.dtype=bfloat16: about {less / 1e9:.1f} GB less")
     if found["batch_tokens"] > longest:
         advice.append(f"data.max_batch_tokens={longest}: the same update in smaller flat batches")
-    if recipe.training_config.max_memory_gb is not None:
+    if training.max_memory_gb is not None:
         advice.append("a higher training_config.max_memory_gb")
     if found["recomputed_layers"] < found["layers"]:
         advice.append("training_config.gradient_checkpointing=true: layers keep their input alone")
-    if not (recipe.model_kwargs.load_in_8bit or recipe.model_kwargs.load_in_4bit):
-        half, quarter = (share * needs.weights / 1e9 for share in (0.4, 0.65))
-        advice.append(f"model_kwargs.load_in_8bit=true: about {half:.1f} GB less")
-        advice.append(f"model_kwargs.load_in_4bit=true: about {quarter:.1f} GB less, by bitsandbytes")
+    if is_plain and element >= BFLOAT16:  # else it comes in few bits
+        by_int8, by_nf4 = (in_layers * (element - kept) / 1e9 for kept in (INT8, NF4))
+        advice.append(f"model_kwargs.load_in_8bit=true: about {by_int8:.1f} GB less")
+        advice.append(f"model_kwargs.load_in_4bit=true: about {by_nf4:.1f} GB less, by bitsandbytes")
     advice.append(f"data.max_length={max(longest // 2, 128)}: rows that are longer are left out, and listed")
     return [*advice, "a smaller model"]
 
@@ -245,7 +314,8 @@ def _device(name: str | None, use_cpu: bool) -> tuple[float, float | None]:
     """(bytes that can be had, a GPU's rate by its name)"""
     if name is None:
         here = pick_device(use_cpu)
-        return memory_free(here) + memory_in_use(here), None
+        there = memory_free(here) + memory_in_use(here)
+        return there if here.type == "cuda" else min(there, memory_total()), None  # off Linux that is free, in use too
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*GB", name, re.IGNORECASE):
         return float(match[1]) * 1e9, None
     if name.lower() not in GPUS:
@@ -259,15 +329,19 @@ def _in_a_process(recipe: Recipe, layers: int, recomputed: bool) -> Needs:
     with tempfile.TemporaryDirectory(prefix="phinetune-plan-") as folder:
         changed = {"output_dir": str(Path(folder) / "run"), "gradient_checkpointing": recomputed, "disable_tqdm": True}
         changed |= {} if recomputed else {"gradient_checkpointing_layers": 0}
-        peft = recipe.peft_config.model_copy(update={"layers_to_transform": None})
         training = recipe.training_config.model_copy(update=changed)
         path = Path(folder) / "recipe.yaml"
-        asked = recipe.model_copy(update={"training_config": training, "peft_config": peft})
+        asked = recipe.model_copy(update={"training_config": training})
         path.write_text(dump_recipe(asked), encoding="utf-8")
         command = [sys.executable, "-m", "phinetune.train.forecast", str(path), str(layers)]
         token = recipe.model_kwargs.token  # is in no recipe that is written
         environment = {**os.environ, **({"HF_TOKEN": token} if token else {})}
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        lives, alive = os.pipe()
+        try:
+            ran = subprocess.run(command, stdin=lives, capture_output=True, text=True, check=False, env=environment)
+        finally:
+            os.close(lives)
+            os.close(alive)
     lines, said = ran.stdout.strip().splitlines(), [line for line in ran.stderr.splitlines() if line.strip()]
     if ran.returncode != 0 or not lines:
         reason = said[-1].removeprefix("error: ") if said else f"it ended with {ran.returncode}"
@@ -296,20 +370,23 @@ def measure(recipe: Recipe, layers: int) -> Needs:
             stepping = memory.gb * 1e9
         rehearse(loop, tokenizer, data)
         rehearsed = memory_in_use(device)
-    trained = trainable_parameters(loop.model).values()
-    trained_bytes: int = sum(p.numel() * p.element_size() for p in trained)
-    all_bytes: int = sum(p.nbytes for p in loop.model.parameters())
+    frozen = [parameter for parameter in loop.model.parameters() if not parameter.requires_grad]
     return Needs(
         process=process,
         loaded=loaded,
-        weights=all_bytes - trained_bytes,
+        parameters=sum(parameter.numel() for parameter in frozen),
+        weights=_bytes_of(frozen),
         mapped=mapped_bytes(loop.model),
-        trained=trained_bytes,
+        trained=_bytes_of(trainable_parameters(loop.model).values()),
         stepping=stepping,
         rehearsed=rehearsed,
         checkpoint=checkpoint_bytes(loop.model),
         seconds=seconds,
     )
+
+
+def _bytes_of(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(parameter.nbytes for parameter in parameters)
 
 
 def _seconds_a_token(loop: Loop, data: Prepared) -> float:
@@ -331,11 +408,18 @@ def _seconds_a_token(loop: Loop, data: Prepared) -> float:
 
 def main() -> None:
     """`python -m phinetune.train.forecast RECIPE LAYERS`: one measurement, as JSON."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         print(json.dumps(asdict(measure(load_recipe(sys.argv[1])[0], int(sys.argv[2])))))
     except PhinetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _end_with_parent() -> None:
+    """Standard input ends when whoever asked for the measurement is gone, killed too."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

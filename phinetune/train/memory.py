@@ -7,13 +7,17 @@ GPU it is the GPU's memory that torch has given out to tensors.
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from phinetune.files import control_groups
+
 INTERVAL = 0.05  # seconds
-CGROUPS = [  # (limit, use) of a container, in bytes, by both versions of control groups
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+# Limit and use of a container in bytes, and what of its use would be given up, by both versions of control groups.
+CGROUP_FILES = [
+    ("memory.max", "memory.current", ("active_file", "inactive_file", "slab_reclaimable")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
 ]
 
 
@@ -30,7 +34,7 @@ class MemoryPeak:
         if _is_gpu(self._device):
             import torch
 
-            if torch.cuda.is_initialized():  # else nothing was allocated, and workers are still to be forked
+            if torch.cuda.is_initialized():  # else nothing was allocated, and asking would start CUDA
                 torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._thread.start()
@@ -46,7 +50,7 @@ class MemoryPeak:
         if _is_gpu(self._device):
             import torch
 
-            return torch.cuda.max_memory_allocated(self._device) / 1e9 if torch.cuda.is_initialized() else 0.0
+            return torch.cuda.max_memory_allocated(self._device) / 1e9
         self._peak = max(self._peak, memory_in_use())
         return self._peak / 1e9
 
@@ -77,23 +81,35 @@ def memory_free(device: Any = None) -> int:
 
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    meminfo = _read("/proc/meminfo")
+    meminfo = _read(Path("/proc/meminfo"))
     free = [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
-    for limit, used in CGROUPS:
-        bounds = _read(limit).strip(), _read(used).strip()
-        if all(bound.isdigit() for bound in bounds):
-            # What the container uses counts its page cache too, which would be given up.
-            free.append(int(bounds[0]) - min(int(bounds[1]), memory_in_use()))
-    return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # off Linux what there is
+    free += [limit - used for limit, used in _containers()]
+    return min(free, default=memory_total())  # off Linux what there is
+
+
+def memory_total() -> int:
+    """Bytes of this machine's memory, or of what a container may use of it."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([there, *(limit for limit, _ in _containers())])
+
+
+def _containers() -> Iterator[tuple[int, int]]:
+    """(limit, use) in bytes of each control group that this process is in."""
+    for group in control_groups("memory"):
+        for limit, used, given_up in CGROUP_FILES:
+            bounds = _read(group / limit).strip(), _read(group / used).strip()
+            if all(bound.isdigit() for bound in bounds):
+                stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+                yield int(bounds[0]), int(bounds[1]) - sum(int(stat.get(name, 0)) for name in given_up)
 
 
 def _is_gpu(device: Any) -> bool:
     return device is not None and device.type == "cuda"
 
 
-def _read(path: str) -> str:
+def _read(path: Path) -> str:
     try:
-        return Path(path).read_text()
+        return path.read_text()
     except OSError:
         return ""
 

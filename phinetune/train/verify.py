@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,14 @@ def verify_resume(recipe: Path, overrides: Sequence[str], folder: Path, seed: in
     """
     kill_behind = random.Random(seed).randint(SAVED_EVERY, STEPS - 1)
     whole, cut = folder / "whole", folder / "cut"
-    _finish(_start(recipe, overrides, whole), whole)
-    killed_behind = _kill(_start(recipe, overrides, cut), cut, kill_behind)
+    with _started(recipe, overrides, whole) as process:
+        _finish(process, whole)
+    with _started(recipe, overrides, cut) as process:
+        killed_behind = _kill(process, cut, kill_behind)
     before = _lines(cut)
     checkpoints = [int(path.name.rpartition("-")[2]) for path in cut.glob("checkpoint-*")]
-    _finish(_start(recipe, overrides, cut, "--resume"), cut)
+    with _started(recipe, overrides, cut, "--resume") as process:
+        _finish(process, cut)
 
     steps = []
     for step, line in sorted(_lines(whole).items()):
@@ -79,12 +83,19 @@ def verify_resume(recipe: Path, overrides: Sequence[str], folder: Path, seed: in
     }
 
 
-def _start(recipe: Path, overrides: Sequence[str], output: Path, *more: str) -> "subprocess.Popen[bytes]":
+@contextmanager
+def _started(recipe: Path, overrides: Sequence[str], output: Path, *more: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A run, which ends with the block, whatever ends that."""
     settings = [f"{name}={value}" for name, value in SHORT.items()]
     command = [sys.executable, "-m", "phinetune", "train", str(recipe), *overrides, *settings]
-    command += [f"training_config.output_dir={output}", *more]
+    command += [f"training_config.output_dir={json.dumps(str(output), ensure_ascii=False)}", *more]
     with _said(output).open("w") as said:  # a file, since nobody reads a pipe while the run goes on
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _said(output: Path) -> Path:

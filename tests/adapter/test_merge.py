@@ -293,3 +293,24 @@ def test_a_revision_that_is_asked_for_is_taken(tmp_path, phi3_folder):
     (tmp_path / "adapter" / "recipe.yaml").write_text("model: a/b\ndata: {train: a}\nmodel_kwargs: {revision: main}\n")
     kwargs = recipe_of(tmp_path / "adapter").model_kwargs
     assert base_of(tmp_path / "adapter", kwargs)[1].revision == "a" * 40, "main may be another commit by now"
+
+
+def test_the_bases_sentencepiece_model_goes_along_unless_tokens_were_added(tmp_path, phi3_folder):
+    base = shutil.copytree(phi3_folder, tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    adapter(tmp_path / "adapter", base)
+    for overwrite in (False, True):  # it is a merge's own file, and may be replaced
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", ModelKwargs(), overwrite=overwrite)
+        assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"pieces"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<order>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "other", ModelKwargs())
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").convert_tokens_to_ids("<order>") == len(tokenizer) - 1
+    assert not (tmp_path / "other" / "tokenizer.model").exists()
+
+
+def test_which_base_is_meant_is_read_without_the_tensors(tmp_path, phi3_folder):
+    adapter(tmp_path / "adapter", phi3_folder)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert base_of(tmp_path / "adapter", ModelKwargs())[0] == str(phi3_folder)

@@ -2,13 +2,14 @@
 
 import copy
 import json
+import re
 import warnings
 
 import peft
 import pytest
 import torch
 from conftest import relative_error, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from phinetune import lora
@@ -444,3 +445,31 @@ def test_the_dropout_that_is_written_is_that_of_the_layers_that_have_one(tmp_pat
     lora.adapt(ours, ["embed", "up"], lora_dropout=0.1)
     save_adapter(ours, tmp_path, "mixed")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+
+
+@pytest.mark.parametrize("suffix", ["lora_A.weight", "lora_B.weight"])
+def test_a_tensor_that_is_missing_is_named(tmp_path, suffix):
+    ours, missing = mixed(), f"base_model.model.blocks.1.up.{suffix}"
+    lora.adapt(ours, ["up"], r=4)
+    save_adapter(ours, tmp_path, "mixed")
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for damaged in ({n: t for n, t in tensors.items() if n != missing}, {**tensors, missing: torch.tensor(1.0)}):
+        save_file(damaged, path)
+        with pytest.raises(AdapterError) as error:
+            load_adapter(mixed(), tmp_path)
+        said = f"missing {missing}" if missing not in damaged else "blocks.1.up has A"
+        assert said in str(error.value)
+        assert "adapter_config.json" not in str(error.value), "the configuration is blameless"
+        with pytest.raises(AdapterError, match=f"{re.escape(missing)} is missing, or no matrix"):
+            make_portable(tmp_path, tmp_path / "portable")
+
+
+def test_a_bias_that_is_a_lone_number_is_named(tmp_path):
+    ours, name = mixed(), "base_model.model.blocks.1.up.base_layer.bias"
+    lora.adapt(ours, ["up"], r=4, bias="lora_only")
+    save_adapter(ours, tmp_path, "mixed")
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(path), name: torch.tensor(1.0)}, path)
+    with pytest.raises(AdapterError, match=r"blocks\.1\.up has a bias of 1, which the model's layer has not"):
+        load_adapter(mixed(), tmp_path)

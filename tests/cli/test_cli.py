@@ -7,6 +7,10 @@ import time
 
 import pytest
 from commands import phinetune
+from transformers import GenerationMixin
+from typer.testing import CliRunner
+
+from phinetune.cli.app import app
 
 
 def test_help_answers_at_once():
@@ -195,3 +199,27 @@ def test_words_with_odd_line_ends_come_into_the_report(recipe, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "there is no report" not in ended.stderr
     assert "one\u2028two" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "sampling"),
+    [(["--temperature", "1.7"], {"do_sample": True, "temperature": 1.7}), ([], {"do_sample": False})],
+)
+def test_a_chats_temperature_and_system_message_reach_generation(
+    tiny_llama_folder, smollm2_tokenizer, monkeypatch, given, sampling
+):
+    real, seen = GenerationMixin.generate, {}
+
+    def generate(model, ids, **settings):
+        seen.update(settings, ids=ids)
+        return real(model, ids, **settings)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr("phinetune.cli.quiet.quiet_libraries", lambda: None)  # it would last
+    asked = ["-p", "What is 3 plus 4?", "--system", "You add numbers.", "--max-new-tokens", "2"]
+    ran = CliRunner().invoke(app, ["chat", str(tiny_llama_folder), *asked, *given])
+    assert ran.exit_code == 0, ran.output
+    messages = [{"role": "system", "content": "You add numbers."}, {"role": "user", "content": "What is 3 plus 4?"}]
+    prompt = smollm2_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert seen["ids"].tolist() == [prompt]
+    assert {name: seen.get(name) for name in sampling} == sampling

@@ -6,6 +6,9 @@ import re
 import pytest
 from commands import phinetune
 from conftest import SHARED_DATA
+from typer.testing import CliRunner
+
+from phinetune.cli.app import app
 
 
 def write_mixed(folder):
@@ -65,6 +68,48 @@ def test_check_on_the_real_files(name, rows, used):
             "the chat template does not write the tools": 191,
             "has N tokens, above data.max_length=N": 1,
         }
+
+
+def test_large_data_is_read_whole_and_a_share_of_its_rows_tokenised(tmp_path, monkeypatch, smollm2_tokenizer):
+    chats = [
+        {"messages": [
+            {"role": "user", "content": f"Say {i}"},
+            {"role": "assistant", "content": "word " * (100 if i % 4 == 0 else 1 + i % 7)},
+        ]}
+        for i in range(400)
+    ]  # fmt: skip
+    lines = [*map(json.dumps, chats), "nonsense"]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    (tmp_path / "backwards.jsonl").write_text("\n".join(reversed(lines)))
+    size = (tmp_path / "chats.jsonl").stat().st_size
+    monkeypatch.setattr("phinetune.data.check.TOKENISED_BYTES", size // 4 + 1)  # so one row in four
+    monkeypatch.setattr("phinetune.cli.quiet.quiet_libraries", lambda: None)  # it would last
+
+    def checked(name, *options):
+        ran = CliRunner().invoke(app, ["data", "check", str(tmp_path / name), "max_length=90", *options])
+        return ran.stdout, ran.exit_code
+
+    def counts(name, *options):
+        said, _ = checked(name, "max_rejected=0.9", "--json", *options)
+        return json.loads(said)["train"]
+
+    every, some = counts("chats.jsonl", "--every-row"), counts("chats.jsonl")
+    whole = [len(smollm2_tokenizer.apply_chat_template(chat["messages"], return_dict=False)) for chat in chats]
+    assert (every["rows"], every["used"], every["tokenised"]) == (401, 300, 400)
+    assert every["tokens"] == sum(size for size in whole if size <= 90)
+    assert every["share_lost"] == pytest.approx(101 / 401)
+    assert some["rows"] == 401
+    assert "chats.jsonl:401 is not valid JSON" in str(some["reasons"]), "what isn't drawn is read, too"
+    assert 60 < some["tokenised"] < 140
+    assert some["tokens"] == pytest.approx(every["tokens"] / 4, rel=0.3)
+    assert some["share_lost"] == pytest.approx(101 / 401, abs=0.1)
+    backwards = counts("backwards.jsonl")
+    assert [backwards[key] for key in ("tokenised", "tokens")] == [some[key] for key in ("tokenised", "tokens")]
+
+    said, code = checked("chats.jsonl")
+    assert f"below, of {some['tokenised']} rows drawn from all (--every-row tokenises every one)" in said
+    assert code != 0, "a quarter of the rows is too long"
+    assert "drawn from all" not in checked("chats.jsonl", "--every-row")[0]
 
 
 def test_preview_shows_what_is_learnt(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from commands import phinetune
 
+from phinetune import files
 from phinetune.cli import doctor as cli
 from phinetune.kernels import native, threads
 
@@ -52,10 +53,9 @@ def test_in_words_and_without_kernels(capsys):
     ],
 )
 def test_threads_are_what_this_process_may_use(monkeypatch, tmp_path, affinity, quota, before, expected):
-    file = tmp_path / "cpu.max"
     if quota is not None:
-        file.write_text(quota)
-    monkeypatch.setattr(threads, "QUOTAS", [[str(file)]])
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(threads, "control_groups", lambda controller: [tmp_path])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -66,3 +66,43 @@ def test_threads_are_what_this_process_may_use(monkeypatch, tmp_path, affinity, 
     assert set_to[-1] == expected
     assert words.startswith(f"{expected} threads")
     assert ("torch would have taken" in words) == (expected < before)
+
+
+@pytest.mark.parametrize(
+    ("own", "written", "expected"),
+    [
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ("0::/a/b\n", {"cpu.max": "900000 100000", "a/cpu.max": "500000 100000", "a/b/cpu.max": "400000 100000"}, 4),
+        ("0::/a\n", {"b/cpu.max": "100000 100000"}, 1 << 30),
+        (
+            "4:cpu,cpuacct:/a\n3:memory:/b\n0::/\n",
+            {"cpu/a/cpu.cfs_quota_us": "250000", "cpu/a/cpu.cfs_period_us": "100000", "cpu/b/cpu.cfs_quota_us": "1"},
+            3,
+        ),
+        (
+            "4:cpu,cpuacct:/host/path\n",
+            {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        (None, {"cpu.max": "200000 100000"}, 2),
+    ],
+)
+def test_the_share_of_a_container_is_the_least_of_its_groups_and_those_above(
+    monkeypatch, tmp_path, own, written, expected
+):
+    monkeypatch.setattr(files, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(files, "OWN_CGROUPS", tmp_path / "own")
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    for name, content in written.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    assert threads._quota() == expected
+
+
+def test_a_compiler_is_asked_for_only_where_it_would_help():
+    found = {"device": "cpu", "compiler": None, "kernels_in": None}
+    assert "which this processor hasn't" in cli._why_no_kernels(found)
+    assert "install g++" in cli._why_no_kernels({**found, "kernels_in": "avx2"})
+    assert "couldn't be compiled" in cli._why_no_kernels({**found, "kernels_in": "avx2", "compiler": "g++"})

@@ -311,18 +311,6 @@ def test_dates_in_tables_do_no_harm(tmp_path, smollm2_tokenizer):
     assert data.train_rows[0].messages[0] == {"role": "user", "content": "a", "timestamp": "2026-01-02 00:00:00"}
 
 
-def test_a_damaged_store_is_made_again(tmp_path, smollm2_tokenizer, monkeypatch):
-    from phinetune.data import tokenise as room
-
-    monkeypatch.setattr(room, "cache_folder", lambda: tmp_path)
-    source = write(tmp_path / "x.jsonl", chat("a", "b"), chat("c", "d"))
-    first = prepared(source, smollm2_tokenizer)
-    expected = first.train[1].ids.tolist()
-    ids = first.train.store.folder / "ids.bin"
-    ids.write_bytes(ids.read_bytes()[:-8])
-    assert prepared(source, smollm2_tokenizer).train[1].ids.tolist() == expected
-
-
 def test_messages_that_make_a_control_token_together(smollm2_tokenizer):
     """A template that writes messages side by side: half a token in each."""
     import copy

@@ -6,12 +6,13 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import matplotlib
 import pytest
 from commands import phinetune as command
 
 import phinetune
 from phinetune.errors import InputError
-from phinetune.report import read_run, write_comparison, write_report
+from phinetune.report import charts, read_run, write_comparison, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>document.title='evil'</script><img src=x onerror=alert(1)>"
@@ -207,3 +208,33 @@ def test_in_a_browser(folder, tmp_path):
     page_requests = re.findall(r'"url":"(https?://[^"]*)"', log.read_text())
     own = [url for url in page_requests if not re.search(r"//[\w.-]*\.(google|gvt1|googleapis)\.com/", url)]
     assert own == []
+
+
+def test_nobodys_settings_of_matplotlib_decide():
+    def drawn():
+        series = [charts.Series("one", [1, 2, 3], [3.0, 2.0, 1.0]), charts.Series("two", [1, 2], [2.0, 1.0])]
+        return charts.curves("Loss", "nats", series), charts.bars("Lengths", "rows", [(0, 3, 2), (4, 7, 1)], "tokens")
+
+    plain, before = drawn(), dict(matplotlib.rcParams)
+    settings = {"text.usetex": True, "axes.facecolor": "red", "axes.prop_cycle": "cycler('color', ['r'])"}
+    with matplotlib.rc_context(settings):  # LaTeX is on few machines
+        assert drawn() == plain
+        assert matplotlib.rcParams["text.usetex"]
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_an_answer_that_is_half_a_sign_comes_into_the_report(folder, tmp_path):
+    run = shutil.copytree(folder / "one", tmp_path / "run")
+    lines = (run / "answers.jsonl").read_text().splitlines(keepends=True)
+    first = {**json.loads(lines[0]), "tuned": "half \ud83d of a sign"}
+    (run / "answers.jsonl").write_text("".join([json.dumps(first) + "\n", *lines[1:]]))
+    assert "half \\ud83d of a sign" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_page_in_a_folder_that_is_not_there(folder, tmp_path):
+    page = tmp_path / "pages" / "both.html"
+    refused = command("report", folder / "one", folder / "two", "-o", page)
+    said = f"error: {page}: the folder {page.parent} isn't there; make the folder, or give another path\n"
+    assert (refused.returncode, refused.stderr) == (2, said)
+    refused = command("report", tmp_path / "nowhere", "-o", tmp_path)
+    assert (refused.returncode, refused.stderr) == (2, f"error: {tmp_path}: is a folder; give the path of a file\n")
