@@ -53,7 +53,7 @@ evaluation:
 
 def write_recipe(data: Path, output: Path, model: str | None, overwrite: bool) -> None:
     from phinetune.data import Rejected, read_rows, row_to_json
-    from phinetune.data.worker import check
+    from phinetune.data.policies import check
     from phinetune.hub import hub_answers
     from phinetune.recipe import DataConfig
 

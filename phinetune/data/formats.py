@@ -11,7 +11,7 @@ A record that is none of them, or a damaged one, becomes a `Rejected` with the r
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -413,24 +413,3 @@ def _plain(value: Any) -> Any:
 def kind_of(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
-
-
-def order_fault(messages: Sequence[Message]) -> str:
-    """What is wrong with the order of the roles; nothing where a system message, if any, comes first, user and
-    assistant take turns, and tool messages follow a call."""
-    before = ""
-    called = False
-    for number, message in enumerate(messages, 1):
-        role = message["role"]
-        expected = {
-            "system": before == "",
-            "user": before in ("", "system", "assistant"),
-            "assistant": before in ("user", "tool"),
-            "tool": before == "tool" or called,
-        }[role]
-        if not expected:
-            behind = f"the {before}'s" if before else "nothing"
-            return f"message {number} is the {role}'s behind {behind}"
-        called = bool(message.get("tool_calls"))
-        before = role
-    return ""

@@ -7,9 +7,10 @@ from typing import Any
 
 from phinetune.data.example import Example
 from phinetune.data.formats import Rejected
+from phinetune.data.policies import check
 from phinetune.data.readers import chunks, rows
 from phinetune.data.sources import open_sources
-from phinetune.data.worker import Task, check
+from phinetune.data.worker import Task
 from phinetune.recipe import DataConfig
 
 

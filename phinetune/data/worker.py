@@ -5,7 +5,6 @@ loads neither torch nor the model, reads chunks from its standard input and answ
 """
 
 import gc
-import hashlib
 import json
 import os
 import pickle
@@ -22,14 +21,14 @@ import numpy as np
 
 from phinetune.data.encode import Encoder
 from phinetune.data.example import PARTS, Example
-from phinetune.data.findings import NOTHING, Finding
-from phinetune.data.formats import Rejected, Row, order_fault
+from phinetune.data.findings import Finding
+from phinetune.data.formats import Rejected, Row
+from phinetune.data.policies import check, digest
 from phinetune.data.readers import Chunk, rows
 from phinetune.data.render import Renderer
 from phinetune.data.sources import DataFile
 from phinetune.data.store import Piece, row_to_json
 from phinetune.data.template import ChatTemplate
-from phinetune.data.texts import REASONING
 from phinetune.errors import DataError
 from phinetune.recipe import DataConfig
 
@@ -117,46 +116,6 @@ class Worker:
             drawn=drawn,
             lost=lost,
         )
-
-
-def check(row: Row, config: DataConfig) -> tuple[Row, Finding] | Rejected:
-    """What the recipe's policies make of a row before it is rendered."""
-    findings = NOTHING
-    if row.text is not None:
-        return row, findings
-    if not any(message["role"] == "assistant" or message.get("train") for message in row.messages):
-        return Rejected(row.where, "has no assistant message, so there is nothing to learn", row.raw)
-    empty = [
-        f"message {number} ({message['role']}) is empty"
-        for number, message in enumerate(row.messages, 1)
-        if message["role"] in ("user", "assistant")
-        and not (message["content"] or "").strip()
-        and not message.get("tool_calls")
-    ]
-    for fault, policy, finding in (
-        (empty[0] if empty else "", config.empty_turns, Finding.EMPTY_TURN),
-        (order_fault(row.messages), config.role_order, Finding.ROLE_ORDER),
-    ):
-        if fault and policy == "raise":
-            name = "empty_turns" if finding is Finding.EMPTY_TURN else "role_order"
-            raise DataError(row.where, fault, f"correct it, or set data.{name}")
-        if fault and policy == "drop":
-            return Rejected(row.where, fault, row.raw)
-        if fault:
-            findings |= finding
-    return row, findings
-
-
-def digest(row: Row) -> int:
-    """64 bits of what a row says, ids and flags aside: two rows with the same are duplicates."""
-    said = [row.text or "", json.dumps(row.tools, sort_keys=True) if row.tools else ""]
-    for message in row.messages:
-        said += (message["role"], message["content"] or "", *(str(message[key]) for key in REASONING if key in message))
-        calls = [call["function"] for call in message.get("tool_calls") or ()]
-        if calls:
-            said.append(json.dumps(calls, sort_keys=True))
-    line = "\x1f".join(said).encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
 
 
 class WorkerProcess:
