@@ -177,11 +177,14 @@ def test_beyond_what_a_model_was_made_for(smollm2_tokenizer, caplog):
     assert "was made for 64 positions, and a prompt has 120 tokens: it answers badly" in caplog.text
     learnt = GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, vocab_size=49_152)).eval()
     learnt.generation_config.eos_token_id = None
-    learnt.lm_head.weight.data.zero_()  # which says token 0 for ever
+    (one,) = smollm2_tokenizer.encode(" one", add_special_tokens=False)
+    with torch.no_grad():  # whatever it reads, it says that word
+        learnt.transformer.ln_f.weight.zero_()
+        learnt.transformer.ln_f.bias.fill_(1)
+        learnt.lm_head.weight.zero_()[one] = 1
     caplog.clear()
     said = answers(learnt, smollm2_tokenizer, [prompt, prompt[:10], prompt[:20]], 16)
-    lengths = [len(smollm2_tokenizer.encode(text, add_special_tokens=False)) for text in said]
-    assert lengths == [0, 0, 0] or lengths[1:] == [16, 16]
+    assert said == [" one" * 4, " one" * 16, " one" * 16], "the long one doesn't shorten the others' answers"
     assert "a prompt has 60 tokens: its answer ends after 4" in caplog.text
     with pytest.raises(RunError, match="was made for 64 positions, and a prompt has 120 tokens; give shorter ones"):
         answers(learnt, smollm2_tokenizer, [prompt + prompt], 4)

@@ -88,9 +88,11 @@ def histogram(lengths: Any) -> list[tuple[int, int, int]]:
     return [*bins[:-1], (begin, int(lengths.max()), count)]
 
 
-def write_ledgers(folder: Path, ledgers: Mapping[str, Ledger], rejected: Iterable[Rejected], fingerprint: str) -> None:
+def write_ledgers(
+    folder: Path, ledgers: Mapping[str, Ledger], rejected: Iterable[Rejected], fingerprints: Mapping[str, str]
+) -> None:
     """`ledger.json` with the counts and the digest of the rows, `rejected.jsonl` with every row left out."""
-    counts = {**{name: ledger.summary() for name, ledger in ledgers.items()}, "fingerprint": fingerprint}
+    counts = {**{name: ledger.summary() for name, ledger in ledgers.items()}, **fingerprints}
     (folder / "ledger.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     with (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rejected:

@@ -1,5 +1,6 @@
 """What a finished run has held out, and what its adapter is worth on another base."""
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from phinetune.evaluate.loss import evaluate_loss
 from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.recipe import FROM_PYTHON, DataConfig, ModelKwargs, Recipe
 from phinetune.untrusted import Untrusted, read_json
+
+log = logging.getLogger(__name__)
 
 
 def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None = None) -> tuple[Any, Any]:
@@ -39,20 +42,22 @@ def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None 
         raise DataError(str(run), what, mend)
     if not is_share:  # files of their own
         prepared = prepare(recipe.data.model_copy(update={"train": source, "eval": None}), tokenizer, seed=0)
+        if prepared.fingerprint != _noted(run, "held_out_fingerprint"):
+            log.warning(f"{', '.join(_paths(source))} has changed since {run}: other rows are measured than it held out")
         return prepared.train, prepared.train_rows
     prepared = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
-    if prepared.fingerprint != _fingerprint(run):
+    if prepared.fingerprint != _noted(run, "fingerprint"):
         what = "the data has changed since the run, so what was held out then is not known"
         raise DataError(str(run), what, mend)
     return prepared.eval, prepared.eval_rows
 
 
-def _fingerprint(run: Path) -> str | None:
-    """Of what the run was trained on, as its ledger says."""
+def _noted(run: Path, fingerprint: str) -> str | None:
+    """What a run's ledger says of the rows that it was trained on, or held out."""
     for folder in run_folders(run):
         with suppress(FileNotFoundError, Untrusted):
             found = read_json(folder / "ledger.json")
-            return found.get("fingerprint") if isinstance(found, dict) else None
+            return found.get(fingerprint) if isinstance(found, dict) else None
     return None
 
 

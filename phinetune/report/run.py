@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phinetune.errors import InputError
+from phinetune.recipe import FROM_PYTHON
 from phinetune.untrusted import Untrusted, check_file, read_json
 
 LARGEST = 1 << 28  # bytes of metrics.jsonl or answers.jsonl
@@ -34,6 +35,12 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """{section.name: value}"""
         return {setting["path"]: setting["value"] for setting in self.about.get("settings", [])}
+
+    @property
+    def can_be_repeated(self) -> bool:
+        """Whether its rows can be read again, which standard input and objects from Python can't."""
+        source = str(self.settings.get("data.train", ""))
+        return source != "-" and not source.endswith(FROM_PYTHON)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one of the names in metrics.jsonl."""

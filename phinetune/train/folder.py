@@ -110,7 +110,8 @@ def begun(folder: Path, recipe: Recipe, data: Prepared, tokenizer: Any, fresh: b
         # First, since a folder that has it is known as a run's, however early that was killed.
         write_text(folder / ABOUT, json.dumps(about, indent=2, default=_as_json) + "\n")
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        write_ledgers(folder, data.ledgers, data.rejected(), data.fingerprint)
+        fingerprints = {"fingerprint": data.fingerprint, "held_out_fingerprint": data.held_out_fingerprint}
+        write_ledgers(folder, data.ledgers, data.rejected(), fingerprints)
         tokenizer.save_pretrained(folder)
     with run_log(folder, recipe.training_config.log_level):
         for earlier in about["earlier"]:

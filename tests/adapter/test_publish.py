@@ -123,7 +123,7 @@ def test_what_makes_the_adapter_arrives_with_its_card(run, hub):
 
 
 def test_a_dry_run_shows_the_card_and_pushes_nothing(run, hub):
-    shown = command("push", run, "me/orders", "--dry-run")
+    shown = fresh("push", run, "me/orders", "--dry-run", env=online(hub))
     assert shown.returncode == 0, shown.stderr
     assert "# orders\n" in shown.stdout
     assert (

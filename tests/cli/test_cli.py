@@ -159,6 +159,19 @@ def test_evaluate_does_not_take_changed_data_for_held_out(recipe, tmp_path, chat
     bad(phinetune("evaluate", tmp_path / "run", "--no-answers"), "the data has changed since the run", "--data")
 
 
+def test_a_held_out_file_that_has_changed_is_said(recipe, tmp_path, chats):
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(chats.read_text().splitlines(keepends=True)[:3]))
+    own = ["eval=" + str(held), "data.held_out_in_train=keep"]
+    assert phinetune("train", recipe, *own).returncode == 0
+    same = phinetune("evaluate", tmp_path / "run", "--no-answers")
+    held.write_text("".join(chats.read_text().splitlines(keepends=True)[:4]))
+    other = phinetune("evaluate", tmp_path / "run", "--no-answers")
+    assert (same.returncode, other.returncode) == (0, 0), same.stderr + other.stderr
+    assert "has changed since" not in same.stderr
+    assert "held.jsonl has changed since" in other.stderr and "other rows are measured" in other.stderr
+
+
 def test_init_proposes_a_model_for_the_machine(tmp_path, chats):
     written = phinetune("init", chats, "-o", tmp_path / "mine.yaml")
     assert written.returncode == 0, written.stderr

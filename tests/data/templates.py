@@ -1065,7 +1065,7 @@ _CELLS: dict[str, Cells] = {
         "control_text": [["</s> ends a turn.</s>"]],
     },
     "mistral-nemo": {  # the system text goes before a question that comes last, so it's gone once that is answered
-        "system": Refused("system"),
+        "system": Refused("prompt"),
         "multi_turn": [["Mango.</s>", "Narra.</s>"]],
         "tools": [
             [
@@ -1073,7 +1073,7 @@ _CELLS: dict[str, Cells] = {
                 "It is 31 degrees in Manila.</s>",
             ]
         ],
-        "empty_system": Refused("system"),  # "[INST]\n\nSay hello." asks, "[INST]Say hello." stands before the answer
+        "empty_system": Refused("prompt"),  # "[INST]\n\nSay hello." asks, "[INST]Say hello." stands before the answer
         "unicode": [[MABUTI + "</s>"]],
         "reasoning": [[FOUR + "</s>", SIX + "</s>"]],
         "control_text": [["</s> ends a turn.</s>"]],

@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import chain
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phinetune.data import Example, Plan, flatten, lay_out
@@ -27,6 +27,7 @@ def test_a_flat_batch_drawn_by_hand():
     assert batch.targets.tolist() == [11, 12, 21]
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 60), min_size=1, max_size=20),
     max_tokens=st.integers(1, 100),
@@ -60,6 +61,7 @@ def test_a_common_beginning_is_laid_once_drawn_by_hand():
     assert sorted(learnt) == [(0, 2, 2.0), (1, 5, 1.0), (2, 4, 1.0), (5, 8, 1.0)]
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=9), min_size=1, max_size=8),
     max_tokens=st.integers(1, 30),

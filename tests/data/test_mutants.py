@@ -6,8 +6,7 @@ import time
 import pytest
 from mutants import mutants
 
-from phinetune.data.ledger import Ledger
-from phinetune.data.prepare import task_of
+from phinetune.data.prepare import prepare, task_of
 from phinetune.data.sources import open_sources
 from phinetune.data.tokenise import tokenise
 from phinetune.errors import DataError
@@ -69,6 +68,15 @@ def test_ten_thousand(tmp_path, smollm2_tokenizer):
     assert not faults
 
 
-def test_the_ledger_counts_every_row_once():
-    ledger = Ledger("chats.jsonl", used=90, rejected=3, held_out=5, dropped={"stand in the data before": 2})
-    assert ledger.rows == 100
+def test_the_ledger_counts_every_line_of_a_file_once(tmp_path, smollm2_tokenizer):
+    chats = [[{"role": "user", "content": f"{i % 25}?"}, {"role": "assistant", "content": "Yes."}] for i in range(30)]
+    lines = [*(json.dumps({"messages": chat}) for chat in chats), "nonsense", "[]", "{}"]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(lines))
+    config = DataConfig(train=str(path), eval=0.2, duplicates="drop", max_rejected=0.5)
+    data = prepare(config, smollm2_tokenizer, seed=0)
+    ledger = data.ledgers["train"]
+    assert ledger.rows == len(lines)
+    assert ledger.used == len(data.train_rows) > 0
+    assert ledger.held_out == len(data.eval_rows) > 0
+    assert (ledger.rejected, sum(ledger.dropped.values())) == (3, 5)

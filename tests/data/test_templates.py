@@ -54,6 +54,7 @@ def test_what_is_learnt(template, conversation, smollm2_tokenizer):
         assert isinstance(outcome, Rejected)
         assert outcome.reason == error.value.reason
         assert "chat template" in outcome.reason
+        assert expected.reason in outcome.reason
         return
 
     renderings = renderer.renderings(said.messages, said.tools)

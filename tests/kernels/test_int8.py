@@ -26,7 +26,10 @@ def _products_in_int8():
 
 @settings(max_examples=60, deadline=None)
 @given(m=st.sampled_from([0, *SIZES]), k=st.sampled_from([*SIZES[1:], 3072]), n=st.sampled_from(SIZES))
-def test_torch_multiplies_whole_numbers_exactly(m, k, n):
+def test_torch_multiplies_whole_numbers_exactly_in_every_shape_where_it_does_in_one(m, k, n):
+    """One is what `_is_exact` looks at, before torch's products are used."""
+    if not int8._is_exact():
+        pytest.skip("this build of torch multiplies int8 matrices wrongly: its products aren't used")
     a, b = torch.randint(-128, 128, (m, k), dtype=torch.int8), torch.randint(-128, 128, (n, k), dtype=torch.int8)
     for b_KN in (b.T, b.T.contiguous()):
         assert torch.equal(torch._int_mm(a, b_KN).long(), a.long() @ b.long().T)

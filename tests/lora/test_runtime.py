@@ -219,14 +219,11 @@ def test_autocast(made):
         assert relative_error(gradient, reference[name]) < 5e-2, name
 
 
-def ddp_worker(rank, world, port, folder):
-    import os
-
+def ddp_worker(rank, world, folder):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -248,12 +245,7 @@ def ddp_worker(rank, world, port, folder):
 
 
 def test_distributed_data_parallel(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(ddp_worker, (2, port, tmp_path), nprocs=2)
+    mp.spawn(ddp_worker, (2, tmp_path), nprocs=2)
     model, rows = torch.load(tmp_path / "model.pt", weights_only=False)
     model(rows).square().mean().backward()
     reference = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

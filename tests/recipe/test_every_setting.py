@@ -576,6 +576,8 @@ class Lab:
                 patch.chdir(root)
                 patch.setattr(sys, "stderr", screen)
                 patch.setenv("TERM", "xterm")
+                for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+                    patch.delenv(name, raising=False)
                 watch(run, patch)
                 if HUB_DATA in settings.values():
                     serve_data_sets(run, patch)

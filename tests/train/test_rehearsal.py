@@ -82,8 +82,6 @@ def test_a_row_that_would_fail_in_the_last_step_fails_in_the_rehearsal(tmp_path,
     with pytest.raises(RunError, match=r"step 1: a row of 3\d\d tokens doesn't fit into memory"):
         run(tmp_path / "run", tiny_llama_folder, rows)
     assert not (tmp_path / "run" / "metrics.jsonl").exists(), "no step was made"
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert "rehearsal" not in log.partition("doesn't fit")[0] or "step 1/" not in log
 
 
 def test_a_checkpoint_that_cannot_be_written_is_known_before_the_first_step(

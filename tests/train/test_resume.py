@@ -165,7 +165,8 @@ def test_after_a_kill_for_memory_a_run_goes_on_with_smaller_batches(recipe, tmp_
     assert "flat batches of 64 tokens, 96 before: the same updates but for rounding" in resumed.stderr
 
 
-def test_sigterm_writes_a_checkpoint_and_says_so(recipe, tmp_path):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint_and_says_so(recipe, tmp_path, sent, status):
     settings = ["num_train_epochs=400", "logging_steps=1", "save_strategy=no"]
     process = Forked(command_line, "phinetune", "train", recipe, *settings)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -174,9 +175,9 @@ def test_sigterm_writes_a_checkpoint_and_says_so(recipe, tmp_path):
         assert process.poll() is None, process.wait().stderr
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, sent)
     ended = process.wait(60)
-    assert ended.returncode == 143
+    assert ended.returncode == status
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert f"stopped by SIGTERM behind {checkpoint.name}; go on with --resume" in ended.stderr
+    assert f"stopped by {sent.name} behind {checkpoint.name}; go on with --resume" in ended.stderr
     assert "Traceback" not in ended.stderr

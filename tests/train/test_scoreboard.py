@@ -67,4 +67,5 @@ def test_trl_is_killed_in_the_same_way(tmp_path):
     run([str(TRL / "bin" / "python"), str(RELIABILITY / "beside_trl.py"), str(model), *options])
     found = json.loads(results.read_text())
     assert found["trl_kills"] == 4
-    assert found["trl_kills_lost"] == sum(found["trl_kills_reasons"].values()) <= found["trl_kills_runs"]
+    died_of = {"FileNotFoundError", "ValueError", "JSONDecodeError"}  # docs/reliability.md: half a checkpoint
+    assert set(found["trl_kills_reasons"]) <= died_of, "what else is lost is a fault of these trials"

@@ -1,0 +1,38 @@
+"""What counts as a run's memory, of processes that hold it by themselves."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from phinetune.train.memory import MemoryPeak, memory_in_use
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere children aren't counted")
+
+MB = 10**6
+LIBRARY = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # a file that is on no tmpfs, whose pages are shared
+HELD = {
+    "anonymous": f"held = b'x' * {200 * MB}",
+    "shared": f"held = mmap.mmap(-1, {200 * MB}); held.write(b'x' * {200 * MB})",
+    "mapped": f"file = open({str(LIBRARY)!r}); held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); held[::4096]",
+}
+
+
+@pytest.mark.parametrize(("kind", "counted"), [("anonymous", 200), ("shared", 200), ("mapped", 0)])
+def test_memory_is_anonymous_and_shared_pages_of_a_process_and_all_below_it(kind, counted):
+    assert LIBRARY.stat().st_size > 200 * MB
+    code = f"import mmap, sys; {HELD[kind]}; print('held', flush=True); sys.stdin.read()"
+    through_a_shell = ["sh", "-c", '"$0" -c "$1"; true', sys.executable, code]  # a child of a child
+    before = memory_in_use() / MB
+    with MemoryPeak() as peak:
+        with subprocess.Popen(through_a_shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdout.readline() == b"held\n"
+            held = memory_in_use() / MB
+            time.sleep(0.5)  # ten looks at it
+            child.stdin.close()
+        assert counted - 10 < held - before < counted + 50, "an interpreter takes some 10 MB"
+        assert memory_in_use() / MB < before + 50
+        assert 1000 * peak.gb > before + counted - 10, "what it was in between"
