@@ -43,7 +43,8 @@ def held_out(run: Path, recipe: Recipe | None, tokenizer: Any, data: str | None 
     if not is_share:  # files of their own
         prepared = prepare(recipe.data.model_copy(update={"train": source, "eval": None}), tokenizer, seed=0)
         if prepared.fingerprint != _noted(run, "held_out_fingerprint"):
-            log.warning(f"{', '.join(_paths(source))} has changed since {run}: other rows are measured than it held out")
+            paths = ", ".join(_paths(source))
+            log.warning(f"{paths} has changed since {run}: other rows are measured than it held out")
         return prepared.train, prepared.train_rows
     prepared = prepare(recipe.data, tokenizer, recipe.training_config.seed_of_rows)
     if prepared.fingerprint != _noted(run, "fingerprint"):

@@ -79,6 +79,7 @@ class _Product(ctypes.Structure):
 def _native_product(
     a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None, y_MN: Tensor, alpha: float = 1.0, adds: bool = False
 ) -> Tensor:
+    assert y_MN.shape == (a_MK.shape[0], b_KN.shape[1]) and a_MK.shape[1] == b_KN.shape[0]  # else it reads past them
     a_MK = a_MK if a_MK.stride(1) == 1 else a_MK.contiguous()
     bias_N = None if bias_N is None else bias_N.detach().to(a_MK.dtype).contiguous()
     by_columns = b_KN.stride(0) == 1
