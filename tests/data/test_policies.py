@@ -226,7 +226,7 @@ def test_every_row_left_out_is_written_down(tmp_path, smollm2_tokenizer):
     path = tmp_path / "x.jsonl"
     write(path, good, long, good, [{"role": "user", "content": "a"}])
     data = prepared(str(path), smollm2_tokenizer, duplicates="drop", max_length=100)
-    write_ledgers(tmp_path, data.ledgers, data.rejected(), data.fingerprint)
+    write_ledgers(tmp_path, data.ledgers, data.rejected(), {"fingerprint": data.fingerprint})
     lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert [(line["where"].rpartition(":")[2], line["reason"]) for line in lines] == [
         ("2", f"has {size} tokens, above data.max_length=100"),

@@ -50,7 +50,7 @@ def write(tmp_path, good, bad):
 
 def test_counts_reconcile_and_every_rejected_row_is_written(tmp_path, smollm2_tokenizer):
     prepared = prepare(write(tmp_path, 200, 2), smollm2_tokenizer, seed=0)
-    write_ledgers(tmp_path, prepared.ledgers, prepared.rejected(), prepared.fingerprint)
+    write_ledgers(tmp_path, prepared.ledgers, prepared.rejected(), {"fingerprint": prepared.fingerprint})
     counts = json.loads((tmp_path / "ledger.json").read_text())["train"]
     assert (counts["rows"], counts["used"], counts["rejected"]) == (202, 200, 2)
     assert counts["tokens"] == sum(len(e.ids) for e in prepared.train)

@@ -30,10 +30,10 @@ TINY = {
 }  # fmt: skip
 
 
-def run(folder, model, chats, *, config=None, **given):
+def run(folder, model, chats, *, config=None, rehearsal=False, **given):
     return phinetune.finetune(
         model=str(model), train=str(chats), training_config={**TINY, "output_dir": str(folder), **(config or {})},
-        peft_config={"r": 4}, **given,
+        peft_config={"r": 4}, rehearsal=rehearsal, **given,
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def test_memory_refused_to_a_model_that_takes_a_row_at_a_time(tmp_path, smollm2_
 
     monkeypatch.setattr("phinetune.train.loop.loss_sum", refuse)
     with pytest.raises(RunError, match=r"a row of .* doesn't fit into memory \(none left\)"):
-        run(tmp_path / "run", tmp_path / "gpt2", chats, rehearsal=False)
+        run(tmp_path / "run", tmp_path / "gpt2", chats)
     assert "memory was refused for a flat batch" not in caplog.text
 
 
