@@ -107,7 +107,6 @@ def test_an_earlier_checkpoint_gives_up_what_came_later_before_the_first_step(tm
             tiny_llama_folder,
             chats,
             resume=folder / "checkpoint-2",
-            rehearsal=False,
             data={"max_batch_tokens": 1},
         )
     assert seen == [[]]
