@@ -27,7 +27,7 @@ demo: install
 
 # A process a core, each with one thread: two that want all cores take ten times as long.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

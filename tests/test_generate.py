@@ -32,8 +32,7 @@ def prompts(tokenizer, system):
 @pytest.mark.parametrize(
     "system", ["Be brief.", "You are a careful assistant that answers in one short sentence only."]
 )
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_batched_answers_are_those_of_each_prompt_alone(smollm2, smollm2_tokenizer, system, batch_size):
+def test_batched_answers_are_those_of_each_prompt_alone(smollm2, smollm2_tokenizer, system):
     alone = []
     for conversation in conversations(system):
         ids = smollm2_tokenizer.apply_chat_template(
@@ -41,7 +40,8 @@ def test_batched_answers_are_those_of_each_prompt_alone(smollm2, smollm2_tokeniz
         )
         out = smollm2.generate(**ids, max_new_tokens=16, do_sample=False, use_cache=True)
         alone.append(smollm2_tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
-    assert answers(smollm2, smollm2_tokenizer, prompts(smollm2_tokenizer, system), 16, batch_size) == alone
+    for batch_size in (1, 3, 4):
+        assert answers(smollm2, smollm2_tokenizer, prompts(smollm2_tokenizer, system), 16, batch_size) == alone
     assert any(len(text.split()) > 3 for text in alone)
 
 

@@ -16,6 +16,8 @@ def run_chat(
     temperature: float,
     allow_mismatch: bool,
 ) -> None:
+    for option, text in (("--prompt", prompt), ("--system", system)):
+        _check_text(option, text or "")
     from phinetune import lora
     from phinetune.adapter import is_adapter, recipe_of
     from phinetune.api import load
@@ -25,8 +27,6 @@ def run_chat(
     from phinetune.train.estimate import has_room_to_fold
 
     quiet_libraries()
-    for option, text in (("--prompt", prompt), ("--system", system)):
-        _check_text(option, text or "")
     if compare and not is_adapter(run):
         raise AdapterError(run, "is no adapter, so there is nothing to compare with its base", "give a run's folder")
     model, tokenizer = load(run, allow_template_mismatch=allow_mismatch)

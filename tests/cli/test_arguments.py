@@ -74,7 +74,6 @@ def test_a_checkpoint_whose_path_has_an_equals_sign(recipe, tmp_path):
     refused(phinetune("train", recipe, run / "checkpoint-1"), "lr=1e-4/checkpoint-1", "unknown")
     no_setting = "override 'learning_rate': has no `=`; write key=value, such as learning_rate=1e-4"
     refused(phinetune("train", recipe, "learning_rate"), no_setting)
-    refused(phinetune("train", recipe, "--resume", run / "checkpoint-1", "learning_rate"), no_setting)
     refused(phinetune("train", recipe, "--resume", tmp_path / "checkpoint-9"), "no such checkpoint")
 
     saved = (run / "recipe.yaml").read_text()
@@ -83,8 +82,7 @@ def test_a_checkpoint_whose_path_has_an_equals_sign(recipe, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "score.py:f1 isn't run from a recipe: --metric score.py:f1\n" in ran.stderr
     assert "exact_match" in json.loads(ran.stdout)["tuned"]
-    for option in (["--no-answers"], ["--metric", "rougeL"]):
-        assert "isn't run" not in phinetune("evaluate", run, *option).stderr, "it wasn't asked for"
+    assert "isn't run" not in phinetune("evaluate", run, "--no-answers").stderr, "it wasn't asked for"
 
 
 def test_a_setting_may_be_longer_than_any_file_name(chats):
