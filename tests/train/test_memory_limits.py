@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA is Linux's"),
+]
 
 # A whole run of SmolLM2, one step of 8 rows in one flat batch, to which so many MB more are allowed behind its loading.
 RUN = """
@@ -57,7 +60,6 @@ def moments(output):
 
 
 @pytest.mark.parametrize(("dtype", "megabytes"), [("float32", 700), ("bfloat16", 200)])
-@pytest.mark.slow
 def test_flat_batches_are_halved(tmp_path, dtype, megabytes):
     limited, free, as_small = tmp_path / "limited", tmp_path / "free", tmp_path / "as small"
     ran = run(limited, dtype, megabytes)
