@@ -17,6 +17,7 @@ from phinetune.adapter import (
 from phinetune.data import is_table
 from phinetune.errors import RecipeError
 from phinetune.evaluate import dequantised_is_better
+from phinetune.files import named
 from phinetune.model import load_model, load_tokenizer, pick_device, stop_ids
 from phinetune.recipe import FROM_PYTHON, DataSource, ModelKwargs, make_model_kwargs, make_recipe
 from phinetune.report import model_card
@@ -140,8 +141,7 @@ def merge(
     for option, value, known in (("onto", onto, ONTO), ("dtype", dtype, MERGED_DTYPES)):
         if value not in known:
             raise RecipeError(option, f"is {value!r}", f"give one of {', '.join(known)}")
-    run = Path(run).expanduser()
-    run = run if run.name not in ("", "..") else run.resolve()  # beside which the merged one is to lie
+    run = named(run)
     recipe = recipe_of(run)
     kwargs = recipe.model_kwargs if recipe else ModelKwargs()
     if onto == "dequantised" and not kwargs.load_in_4bit:

@@ -19,6 +19,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phinetune"
 
 
+def named(path: str | Path) -> Path:
+    """A path that ends in a name, beside which others can lie: `.`, `..` and `~` are the folders that they mean."""
+    path = Path(path).expanduser()
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def remove_unused(folder: Path, own: re.Pattern[str]) -> None:
     """Removes what nobody has used for a month and what a killed process left behind then, of entries of a cache that
     are called like our `own`: others are the user's."""

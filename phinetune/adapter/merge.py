@@ -19,6 +19,7 @@ from phinetune.adapter.publish import MERGED, SENTENCEPIECE
 from phinetune.adapter.tuned import base_of, device_of, load_tuned
 from phinetune.disk import check_room, flush, naming_full_disk
 from phinetune.errors import AdapterError
+from phinetune.files import named
 from phinetune.hub import hub_answers
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.layer import LoRALayer
@@ -57,8 +58,7 @@ def merge_adapter(
         AdapterError, ModelError: as `load_tuned`, or if `output` is there.
         RunError: if the disk has no room; nothing is left of the attempt.
     """
-    output = Path(output).expanduser()
-    output = output if output.name not in ("", "..") else output.resolve()
+    output = named(output)
     as_filed = _as_filed(folder, kwargs)
     if output.exists():
         _check_replaceable(output, overwrite)
