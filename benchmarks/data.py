@@ -69,8 +69,8 @@ def write_rows(path: Path, count: int, seed: int = 0, sentences_an_answer: int =
 
 def run_ours(rows: Path, cache: Path) -> dict[str, Any]:
     from phinetune.data import prepare, tokenise
+    from phinetune.machine.memory import MemoryPeak
     from phinetune.recipe import DataConfig
-    from phinetune.train.memory import MemoryPeak
 
     tokenizer = smollm2()
     tokenise.cache_folder = lambda: cache
@@ -143,7 +143,7 @@ def ask(python: Path, what: str, rows: Path, cache: Path, *more: str) -> dict[st
 
 def check_large(folder: Path, gb: float) -> dict[str, Any]:
     """`phinetune data check` on a file of so many GB, its rows distinct."""
-    from phinetune.train.memory import MemoryPeak
+    from phinetune.machine.memory import MemoryPeak
 
     part, whole = folder / "part.jsonl", folder / "large.jsonl"
     write_rows(part, 20_000, seed=9, sentences_an_answer=24)

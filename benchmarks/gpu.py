@@ -60,13 +60,13 @@ def padding(steps: list[list[list[int]]]) -> float:
 
 def ours(folder: Path, steps: list[list[list[int]]], kind: str) -> dict[str, Any]:
     from phinetune.data import Example
+    from phinetune.machine.memory import memory_in_use
+    from phinetune.measure.rates import Products
     from phinetune.model import adapt_model, load_model
     from phinetune.model.memory import Batch, bytes_to_come
     from phinetune.recipe import ModelKwargs, PeftConfig, TrainingConfig
     from phinetune.train.loop import training_step
-    from phinetune.train.memory import memory_in_use
     from phinetune.train.optimiser import make_optimizer
-    from phinetune.train.rates import Products
 
     kwargs = ModelKwargs(dtype="bfloat16", load_in_4bit=kind == "nf4")
     model = load_model(str(folder), kwargs, torch.device("cuda"))

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from phinetune.train.memory import MemoryPeak
+from phinetune.machine.memory import MemoryPeak
 
 ROOT = Path(__file__).parents[1]
 RANK, ALPHA, LOOKED_AT = 16, 32, "model.layers.17.mlp.gate_up_proj"

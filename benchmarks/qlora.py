@@ -23,10 +23,10 @@ import torch.nn.functional as F
 
 import phinetune
 from phinetune.data import Plan, prepare
+from phinetune.machine.memory import MemoryPeak
 from phinetune.model import load_tokenizer
 from phinetune.model.smollm2 import smollm2_folder
 from phinetune.recipe import DataConfig, ModelKwargs, TrainingConfig
-from phinetune.train.memory import MemoryPeak
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"

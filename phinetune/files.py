@@ -1,4 +1,4 @@
-"""Files that several rooms need: where downloads, kernels and tokenised data are kept, a digest, control groups."""
+"""Files that several rooms need: where downloads, kernels and tokenised data are kept, a digest."""
 
 import hashlib
 import os
@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 KEPT_UNUSED = 30 * 86400  # seconds after which what nobody used is removed from the cache
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cache_folder() -> Path:
@@ -44,19 +43,3 @@ def sha256_of(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def control_groups(controller: str) -> list[Path]:
-    """Folders of the control groups that this process is in, those above them too, whose limits it shares: of version
-    2, and of version 1's `controller`. The roots alone where the system says no more, as inside many containers."""
-    roots = {"": CGROUPS, controller: CGROUPS / controller}
-    try:
-        lines = OWN_CGROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        lines = []
-    folders = [*roots.values()]
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
-        for root in {roots[name] for name in controllers.split(",") if name in roots}:
-            own = root / path.lstrip("/")
-            folders += [folder for folder in (own, *own.parents) if root in folder.parents]
-    return folders

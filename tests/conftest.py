@@ -89,7 +89,7 @@ def tiny_config(family: str, vocab_size: int = 49152, **changes: Any) -> Any:
 def tiny_model(family: str, attn_implementation: str = "phinetune", **changes: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from phinetune.model import attention
+    from phinetune.layers import attention
 
     attention.register()
     torch.manual_seed(0)

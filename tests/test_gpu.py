@@ -17,11 +17,12 @@ from phinetune import lora
 from phinetune.data import Example
 from phinetune.generate import answers
 from phinetune.kernels import attention, compiled, loss, separate, varlen
-from phinetune.model import adapt_model, fast, flat_batches, fused_parts, loss_sum
+from phinetune.layers import fast
+from phinetune.machine.memory import MemoryPeak, memory_in_use
+from phinetune.model import adapt_model, flat_batches, fused_parts, loss_sum
 from phinetune.model.memory import Batch, bytes_to_come, recompute
 from phinetune.recipe import PeftConfig, TrainingConfig
 from phinetune.train.loop import training_step
-from phinetune.train.memory import MemoryPeak, memory_in_use
 from phinetune.train.optimiser import make_optimizer
 
 pytestmark = [

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from phinetune.data import Example, batches
 from phinetune.kernels import allocator, native
+from phinetune.measure.rates import Products, share_reached
 from phinetune.model import adapt_model, load_model
 from phinetune.recipe import ModelKwargs, PeftConfig, TrainingConfig
 from phinetune.train.loop import training_step
 from phinetune.train.optimiser import make_optimizer, trainable_parameters
-from phinetune.train.rates import Products, share_reached
 
 
 def leave_out(technique: str) -> None:

@@ -11,15 +11,16 @@ from torch import nn
 from phinetune.data import Example
 from phinetune.kernels import int8, native
 from phinetune.kernels.allocator import keep_freed_memory
-from phinetune.model import adapt_model, attention, fast
+from phinetune.layers import attention, fast
+from phinetune.machine.memory import MemoryPeak, memory_in_use
+from phinetune.measure.rates import Products
+from phinetune.model import adapt_model
 from phinetune.model.memory import Batch, layers_to_recompute, recompute
 from phinetune.model.quantise import quantised_layers
 from phinetune.recipe import PeftConfig, TrainingConfig
 from phinetune.train.estimate import expected_gb
 from phinetune.train.loop import training_step
-from phinetune.train.memory import MemoryPeak, memory_in_use
 from phinetune.train.optimiser import make_optimizer, trainable_parameters
-from phinetune.train.rates import Products
 
 STD = 0.02
 DRAWN = 1 << 24  # numbers, from which all weights are taken: drawing each would take a minute

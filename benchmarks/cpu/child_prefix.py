@@ -18,8 +18,9 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from phinetune.data import Example, FlatBatch, lay_out
 from phinetune.kernels.allocator import keep_freed_memory
+from phinetune.layers import attention, fast
 from phinetune.lora import lora_layers
-from phinetune.model import adapt_model, attention, fast, loss_sum
+from phinetune.model import adapt_model, loss_sum
 from phinetune.recipe import PeftConfig
 
 PREFIX, SUFFIX, ROWS, MOST_TOKENS = 768, 256, 8, 4096

@@ -32,7 +32,7 @@ def ask(python: Path, script: str, job: dict[str, Any], environment: dict[str, s
 
     The parent only waits meanwhile, so what it holds itself is taken off.
     """
-    from phinetune.train.memory import MemoryPeak, memory_in_use
+    from phinetune.machine.memory import MemoryPeak, memory_in_use
 
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "job.json"

@@ -25,5 +25,5 @@ import phinetune.cli.app
 import phinetune.cli.quiet
 import phinetune.cli.train
 import phinetune.evaluate
-import phinetune.model.fast
+import phinetune.layers.fast
 import phinetune.train  # noqa: F401

@@ -140,8 +140,7 @@ print(lora.load_lora_state_dict(model, torch.load("ckpt_lora.pt")))
 
 # %%
 fresh, _ = phinetune.load(MODEL)
-settings = {"r": 16, "lora_alpha": 32, "dtype": torch.float32}  # what trains, as above; by default in the model's dtype
-names = lora.adapt(fresh, ["q_proj", "v_proj"], **settings, fused=fused_parts(fresh.config))
+names = lora.adapt(fresh, ["q_proj", "v_proj"], r=16, lora_alpha=32, fused=fused_parts(fresh.config))
 print(f"{len(names)} layers: {names[0]} … {names[-1]}")
 lora.load_lora_state_dict(fresh, torch.load("ckpt_lora.pt"))
 lora.fuse(fresh)  # W + BA as one weight, as loralib's layers have it behind eval()

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from phinetune.adapter.publish import MERGED, SENTENCEPIECE
 from phinetune.adapter.tuned import base_of, device_of, load_tuned
-from phinetune.disk import check_room, flush, naming_full_disk
 from phinetune.errors import AdapterError
 from phinetune.files import named
 from phinetune.hub import hub_answers
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.lora.layer import LoRALayer
 from phinetune.lora.modules_to_save import ModulesToSaveWrapper
+from phinetune.machine.disk import check_room, flush, naming_full_disk
 from phinetune.model import filed_dtype, load_tokenizer, smollm2, stop_ids
 from phinetune.model.files import CONFIG, INDEX
 from phinetune.model.quantise import in_4bit

@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from phinetune.disk import replacing, write_text
 from phinetune.errors import AdapterError
 from phinetune.lora.targets import from_pattern
+from phinetune.machine.disk import replacing, write_text
 from phinetune.untrusted import PICKLES, Untrusted, check_file, read_json
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"

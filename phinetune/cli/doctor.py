@@ -8,14 +8,14 @@ def run_doctor(training: bool, as_json: bool) -> None:
     from phinetune.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    from phinetune.train.doctor import examine
+    from phinetune.measure.doctor import examine
 
     found = examine(training)
     print(json.dumps(found) if as_json else "\n".join(_lines(found)))
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    from phinetune.train.doctor import KERNELS
+    from phinetune.measure.doctor import KERNELS
 
     cpu, memory, gflops = found["cpu"], found["memory_gb"], found["gflops"]
     made = [

@@ -127,7 +127,7 @@ def _machine_memory() -> int:
     """Bytes of what this process may use of the machine's memory, or of the first GPU's."""
     import torch
 
-    from phinetune.train.memory import memory_total
+    from phinetune.machine.memory import memory_total
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory

@@ -18,7 +18,7 @@ def run_plan(recipe: Path, overrides: Sequence[str], device: str | None, as_json
 
     from phinetune.cli.quiet import quiet_libraries
     from phinetune.cli.sigterm import tidied_up
-    from phinetune.train.forecast import forecast
+    from phinetune.measure.forecast import forecast
 
     quiet_libraries()
     with tidied_up():

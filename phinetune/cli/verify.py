@@ -16,7 +16,7 @@ def run_verify_resume(recipe: Path, overrides: Sequence[str], seed: int | None, 
         print(word, file=sys.stderr)
 
     from phinetune.cli.sigterm import tidied_up
-    from phinetune.train.verify import STEPS, verify_resume
+    from phinetune.measure.verify import STEPS, verify_resume
 
     if not as_json:
         print(f"running {recipe} for {STEPS} steps, then again, killed in between")

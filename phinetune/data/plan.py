@@ -57,6 +57,12 @@ class Plan(Sequence[list[int]]):
         """Steps behind which an epoch has been seen to its end."""
         return set(self.ends if self._whole_last else self.ends[:-1])
 
+    @property
+    def most_tokens(self) -> int:
+        """Of the step that has most."""
+        epochs = map(self._epoch, range(len(self.ends)))
+        return max(int(np.add.reduceat(self.lengths[order], bounds[:-1]).max()) for order, bounds in epochs)
+
     def rows_from(self, step: int) -> Any:
         """Every row that is still to come, with repeats."""
         parts = [np.zeros(0, np.int64)]

@@ -21,7 +21,7 @@ import numpy as np
 
 from phinetune.data.example import PARTS, Example
 from phinetune.data.formats import Rejected, Row
-from phinetune.disk import write_text
+from phinetune.machine.disk import write_text
 
 MANIFEST = "manifest.json"
 

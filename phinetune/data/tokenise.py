@@ -25,9 +25,9 @@ from typing import Any
 from phinetune.data.readers import Chunk, chunks
 from phinetune.data.store import MANIFEST, Piece, Store, StoreWriter
 from phinetune.data.worker import Task, Worker, WorkerProcess
-from phinetune.disk import naming_full_disk
 from phinetune.errors import DataError
 from phinetune.files import cache_folder, mark_used, remove_unused, sha256_of
+from phinetune.machine.disk import naming_full_disk
 
 log = logging.getLogger(__name__)
 

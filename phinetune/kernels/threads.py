@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from phinetune.files import control_groups
+from phinetune.machine.control_groups import control_groups
 
 # What a container may use, by both versions of control groups: "quota period" in one file, or in two.
 QUOTAS = [["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]]

@@ -67,7 +67,8 @@ def adapt(
             classifier's new head (`score`), say, which "all-linear" would take.
         bias: which biases train: none, all, or lora_only (those of adapted layers).
         fused: which layers stand for several.
-        dtype: of all that trains, but for biases outside adapted layers; the base's by default.
+        dtype: of all that trains, but for biases outside adapted layers; by default float32, as in PEFT, since AdamW's
+            small steps would be rounded away in half precision, and float64 in a model that has that.
 
     Returns:
         The names of the layers that have the adapter.
@@ -76,6 +77,8 @@ def adapt(
         TargetError: if a name matches nothing (the message lists what the model has), if a fused layer and a part
             of it are both named, or a layer can't be adapted or trained whole; nothing is changed.
     """
+    if dtype is None:
+        dtype = torch.float64 if any(p.dtype is torch.float64 for p in model.parameters()) else torch.float32
     to_save = list(modules_to_save or [])
     before = active_adapters(model)
     try:

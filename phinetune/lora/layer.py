@@ -220,7 +220,7 @@ class LoRALayer(nn.Module):
                 self.register_buffer(tensor_name(kind, adapter_name), torch.empty(shape, **like))
         self.weight.requires_grad_(False)
         if not self.has_lora:
-            self.register_forward_pre_hook(_be_called)
+            self.register_forward_pre_hook(be_called)
         self.adapters = {**self.adapters, adapter_name: adapter}
         if len(self.adapters) == 1:
             self.active_adapters = {adapter_name: 1.0}
@@ -512,21 +512,14 @@ def tensor_name(kind: str, adapter_name: str) -> str:
     return kind if adapter_name == DEFAULT else f"{kind}_{adapter_name}"
 
 
-def _be_called(module: nn.Module, args: Any) -> None:
+def be_called(module: nn.Module, args: Any) -> None:
     """Does nothing: where a hook is, torch's fused TransformerEncoderLayer calls its layers, and doesn't read past
     them."""
 
 
-def is_wrapped(module: nn.Module) -> bool:
-    """Whether somebody else sees a module's calls, by hooks or a forward of its own: they can't be passed by then."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-    return any(hook is not _be_called for hook in hooks) or "forward" in module.__dict__
-
-
 def _remove_hook(module: nn.Module) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _be_called:
+        if hook is be_called:
             del module._forward_pre_hooks[key]
 
 

@@ -30,11 +30,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Mode
 from transformers.utils import can_return_tuple
 
 from phinetune.kernels import Path, linear_cross_entropy_sum, separate
-from phinetune.lora.layer import is_wrapped
-from phinetune.model import attention, fast
+from phinetune.layers import attention, fast
+from phinetune.layers.in_place import InPlace
+from phinetune.layers.projection import computing_dtype, is_watched
 from phinetune.model.family import long_rope_boundary, takes_flat_batches
-from phinetune.model.in_place import InPlace
-from phinetune.model.projection import computing_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 log = logging.getLogger(__name__)
@@ -225,7 +224,7 @@ class LeanCausalLM(InPlace):
     def _has_plain_loss(self, kwargs: dict[str, Any]) -> bool:
         head = self.lm_head
         learns = head.weight.requires_grad and torch.is_grad_enabled()
-        plain = type(head) is nn.Linear and head.bias is None and not learns and not is_wrapped(head)
+        plain = type(head) is nn.Linear and head.bias is None and not learns and not is_watched(head)
         as_it_is = "shift_labels" in kwargs or "ignore_index" in kwargs
         as_it_is |= not kwargs.get("return_dict", getattr(self.config, "return_dict", True))
         as_it_is |= torch.compiler.is_compiling()

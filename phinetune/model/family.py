@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from phinetune.data import Example, FlatBatch, flatten, lay_out
 from phinetune.kernels import linear_cross_entropy, linear_cross_entropy_sum
-from phinetune.model.attention import NAME as PACKED
-from phinetune.model.attention import unread_mask
+from phinetune.layers.attention import NAME as PACKED
+from phinetune.layers.attention import unread_mask
 
 # Families whose attention is plain causal (perhaps with a window) and whose head is one product: tests compare
 # flat batches with rows run one by one.  Any other causal LM gets a row at a time, and its own head.

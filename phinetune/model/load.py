@@ -11,7 +11,8 @@ import torch
 from phinetune.errors import ModelError
 from phinetune.hub import hub_answers
 from phinetune.kernels import native
-from phinetune.model import attention, smollm2
+from phinetune.layers import attention
+from phinetune.model import smollm2
 from phinetune.model.family import FLAT_FAMILIES
 from phinetune.model.files import check_model_files, check_sizes, commit_of, digest_of, dtype_in_files
 from phinetune.model.quantise import quantise_by_bitsandbytes, quantise_layers, sample_ids, take_over
@@ -62,7 +63,7 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from phinetune.model import fast
+    from phinetune.layers import fast
 
     attention.register()
     device = device or torch.device("cpu")

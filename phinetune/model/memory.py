@@ -22,7 +22,7 @@ from phinetune.kernels.flash import VECTOR
 from phinetune.kernels.loss import CHUNK_BYTES
 from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
 from phinetune.kernels.quantised import QuantisedWeight
-from phinetune.lora import blockwise
+from phinetune.layers import blockwise
 
 SCATTERED = 1.3  # freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md)
 
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 def kept_by_a_layer(model: Any, batch: Batch) -> int:
     """Bytes that a decoder layer keeps for its gradients, its input among them.
 
-    phinetune's own layers (phinetune.lora.decoder, phinetune.kernels.attention) keep both residual streams, q, k and v,
+    phinetune's own layers (phinetune.layers, phinetune.kernels.attention) keep both residual streams, q, k and v,
     attention's output, gate and up, the thin products x Aᵀ, and of short rows, where attention is plain products, its
     weights; under dropout a byte for each input of A.
     transformers' eager layers with LoRA layers in them keep about 18 hidden and 4 intermediate widths.
@@ -68,13 +68,38 @@ def bytes_to_come(model: Any, batch: Batch, recomputed: int | None = None) -> in
     again (by default those that are set so): gradients and two moments of what trains, what the layers keep, and what
     is worked with.
     """
-    trained: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
     count = len(decoder_layers(model))
     recomputed = recomputed_layers(model) if recomputed is None else recomputed
     inputs = int(_config(model).hidden_size) * _element(model) * batch.tokens * recomputed
     kept: int = kept_by_a_layer(model, batch) * max(count - recomputed, 1 if recomputed else 0)
-    scattered = SCATTERED if model.device.type == "cpu" else 1.0
-    return 12 * trained + int((inputs + kept + _worked_with(model, batch)) * scattered)
+    return _trained_with(model) + _scattered(model, inputs + kept + _worked_with(model, batch))
+
+
+def bytes_to_evaluate(model: Any, batch: Batch) -> int:
+    """What the losses of held-out rows add at their peak, beside what steps leave: a layer keeps nothing behind it."""
+    return _trained_with(model) + _scattered(model, kept_by_a_layer(model, batch) + _worked_with(model, batch))
+
+
+def bytes_to_answer(model: Any, tokens: int, folds: bool) -> int:
+    """What answers add at their peak, beside what steps leave, for `tokens` of prompts and answers at once: their keys
+    and values in all layers, what a layer of transformers' makes of the prompts, and a copy of the adapted weights
+    where it `folds`."""
+    config, element = _config(model), _element(model)
+    _, kv_heads, width = _heads(config)
+    cache = 2 * kv_heads * width * len(decoder_layers(model))
+    layer = 4 * int(config.hidden_size) + 3 * _intermediate(config)
+    copy = sum(layer.weight.numel() for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear)) * folds
+    return _trained_with(model) + int(((cache + layer) * tokens + copy) * element)
+
+
+def _trained_with(model: Any) -> int:
+    """Bytes of gradients and two moments."""
+    trained: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 12 * trained
+
+
+def _scattered(model: Any, size: int) -> int:
+    return int(size * (SCATTERED if model.device.type == "cpu" else 1.0))
 
 
 def _worked_with(model: Any, batch: Batch) -> int:
@@ -147,7 +172,7 @@ def recomputed_layers(model: nn.Module) -> int:
 
 
 def _has_fast_layers(model: nn.Module) -> bool:
-    from phinetune.model.fast import FastLayer
+    from phinetune.layers.fast import FastLayer
 
     return any(isinstance(layer, FastLayer) for layer in decoder_layers(model))
 
@@ -182,7 +207,8 @@ def _intermediate(config: Any) -> int:
 
 def _heads(config: Any) -> tuple[int, int, int]:
     """(of queries, of keys and values, their width)"""
-    heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     return heads, kv_heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 

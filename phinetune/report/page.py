@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phinetune.disk import write_text
+from phinetune.machine.disk import write_text
 from phinetune.report.charts import Series, bars, curves
 from phinetune.report.run import Run, naming_damage, read_run
 

@@ -28,9 +28,9 @@ from torch import nn
 
 from phinetune import lora
 from phinetune.adapter import CONFIG_FILE, TENSOR_FILE, save_adapter
-from phinetune.disk import check_room, flush, naming_full_disk
 from phinetune.errors import CheckpointError
 from phinetune.files import sha256_of
+from phinetune.machine.disk import check_room, flush, naming_full_disk
 from phinetune.train.numbers import check_finite
 from phinetune.train.optimiser import trainable_parameters
 from phinetune.untrusted import Untrusted, check_file, plain_name, read_json

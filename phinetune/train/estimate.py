@@ -10,8 +10,8 @@ from phinetune.kernels import native
 from phinetune.kernels.int8 import Int8Weight
 from phinetune.kernels.products import product
 from phinetune.lora.targets import is_transposed
-from phinetune.model.memory import Batch, bytes_to_come, mapped_bytes
-from phinetune.train.memory import memory_free, memory_in_use
+from phinetune.machine.memory import memory_free, memory_in_use
+from phinetune.model.memory import Batch, bytes_to_answer, bytes_to_come, bytes_to_evaluate, mapped_bytes
 
 # Share of the machine's matrix-product rate that a whole training step reaches, measured on SmolLM2-135M with flat
 # batches of 1,024 tokens on 2 CPU cores: by transformers' layers, and with the C++ kernels of a dtype (docs/log.md).
@@ -55,10 +55,21 @@ def product_rate(model: Any) -> float:
     return float(2 * x.shape[0] * weight.numel() / min(seconds))
 
 
-def expected_gb(model: Any, batch: Batch) -> float:
-    """Peak memory of steps whose largest batch is `batch`, in units of 10⁹ bytes, for a model that is loaded and
-    adapted: what is in use now, and what a step adds."""
-    return (memory_in_use(model.device) + bytes_to_come(model, batch)) / 1e9
+def expected_gb(model: Any, batch: Batch, evaluated: Batch | None = None, answered: int = 0) -> float:
+    """Peak memory of a run, in units of 10⁹ bytes, for a model that is loaded and adapted: what is in use now, and what
+    the largest of its parts adds.
+
+    Args:
+        batch: the largest flat batch that is trained on.
+        evaluated: the largest of held-out rows.
+        answered: tokens of the most prompts, with their answers, that are answered at once.
+    """
+    parts = [bytes_to_come(model, batch)]
+    if evaluated is not None:
+        parts.append(bytes_to_evaluate(model, evaluated))
+    if answered:
+        parts.append(bytes_to_answer(model, answered, has_room_to_fold(model)))
+    return (memory_in_use(model.device) + max(parts)) / 1e9
 
 
 def has_room_to_fold(model: Any) -> bool:

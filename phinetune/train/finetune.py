@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from phinetune.data import Plan, Prepared, Renderer, chat_fingerprint, prepare
-from phinetune.disk import check_room, replacing, write_text
 from phinetune.errors import RecipeError, Stopped
 from phinetune.evaluate import Comparison, check_metrics, compare
 from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.kernels.threads import settle_threads
+from phinetune.machine.disk import check_room, replacing, write_text
+from phinetune.machine.memory import memory_free, memory_in_use
 from phinetune.model import (
     adapt_model,
     full_name,
@@ -43,7 +44,6 @@ from phinetune.train.estimate import expected_gb, has_room_to_fold
 from phinetune.train.folder import begun, claimed, give_up_later
 from phinetune.train.log import MetricsWriter, ProgressBar, early_log
 from phinetune.train.loop import Loop
-from phinetune.train.memory import memory_free, memory_in_use
 from phinetune.train.optimiser import learning_rates, make_optimizer
 from phinetune.train.progress import Progress
 from phinetune.train.rehearsal import rehearse
@@ -123,7 +123,7 @@ def train(
                 log.warning(word)
             if progress is not None:
                 loop.resume(progress)
-            expected = expected_gb(loop.model, loop.largest_batch)  # what a rehearsal leaves would count twice
+            expected = _expected_gb(loop, data)  # what a rehearsal leaves would count twice
             if rehearsal:
                 rehearse(loop, tokenizer, data, progress)
             announce(loop, data, threads, expected)
@@ -185,7 +185,7 @@ def make_loop(
 
     model = load_model(recipe.model, recipe.model_kwargs, device, layers)
     adapt_model(model, recipe.peft_config, config.seed)
-    batch = largest_batch(data, recipe.data.max_batch_tokens)
+    batch = largest_batch(data.train.lengths, steps.most_tokens, recipe.data.max_batch_tokens)
     _check_tokens(recipe, model, tokenizer, batch)
     recompute(model, _layers_to_recompute(model, config, batch))
     return Loop(
@@ -294,10 +294,25 @@ def _check_tokens(recipe: Recipe, model: Any, tokenizer: Any, batch: Batch) -> N
     log.warning(f"{what}: it answers badly where it never was; data.max_length={positions} leaves such rows out")
 
 
-def largest_batch(data: Prepared, max_batch_tokens: int) -> Batch:
-    """As long as a run's flat batches can get, and the longest row in them."""
-    longest = int(data.train.lengths.max())
-    return Batch(max(longest, min(int(data.train.lengths.sum()), max_batch_tokens)), longest)
+def largest_batch(lengths: Any, together: int, max_batch_tokens: int) -> Batch:
+    """As long as flat batches of rows can get, and the longest row in them.
+
+    Args:
+        lengths: tokens of each row.
+        together: tokens of the most rows that are laid out at once.
+    """
+    longest = int(lengths.max())
+    return Batch(max(longest, min(together, max_batch_tokens)), longest)
+
+
+def _expected_gb(loop: Loop, data: Prepared) -> float:
+    """Of steps, evaluations and answers; held-out rows are about as long with the answers that they get."""
+    if not len(data.eval):
+        return expected_gb(loop.model, loop.largest_batch)
+    lengths, recipe = data.eval.lengths, loop.recipe
+    evaluated = largest_batch(lengths, int(lengths.sum()), loop.max_batch_tokens)
+    size = min(recipe.training_config.per_device_eval_batch_size, len(lengths)) if recipe.evaluation.metrics else 0
+    return expected_gb(loop.model, loop.largest_batch, evaluated, size * evaluated.longest)
 
 
 def _layers_to_recompute(model: Any, config: TrainingConfig, batch: Batch) -> int:

@@ -14,13 +14,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from phinetune.data import Prepared, write_ledgers
-from phinetune.disk import naming_full_disk, write_text
 from phinetune.errors import RecipeError
+from phinetune.machine.disk import naming_full_disk, write_text
+from phinetune.machine.system import device_name, system, versions
 from phinetune.model import pick_device
 from phinetune.recipe import Recipe, dump_recipe
 from phinetune.recipe.explain import explain
 from phinetune.report import ABOUT
-from phinetune.train import machine
 from phinetune.train.checkpoint import list_checkpoints
 from phinetune.train.log import run_log
 from phinetune.untrusted import Untrusted, read_json
@@ -136,9 +136,9 @@ def _about(folder: Path, recipe: Recipe, goes_on: bool) -> dict[str, Any]:
     before = _read_about(folder)
     about = {
         "begun": before.get("begun", datetime.datetime.now().astimezone().isoformat(timespec="seconds")),
-        "versions": machine.versions(),
-        **machine.system(),
-        "device": machine.device_name(pick_device(recipe.training_config.use_cpu)),
+        "versions": versions(),
+        **system(),
+        "device": device_name(pick_device(recipe.training_config.use_cpu)),
     }
     earlier = [*before.get("earlier", []), _made_with(before)] if before and goes_on else []
     return {
@@ -154,7 +154,7 @@ def _as_json(value: Any) -> Any:
 
 def _made_with(about: dict[str, Any]) -> dict[str, Any]:
     """{package, python, system or device: which} of run.json"""
-    return {**about.get("versions", {}), **{name: about.get(name) for name in (*machine.system(), "device")}}
+    return {**about.get("versions", {}), **{name: about.get(name) for name in (*system(), "device")}}
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

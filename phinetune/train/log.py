@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from phinetune.disk import naming_full_disk, replacing
+from phinetune.machine.disk import naming_full_disk, replacing
 from phinetune.recipe import Recipe
 from phinetune.train.signals import Signals
 from phinetune.train.trackers import Trackers

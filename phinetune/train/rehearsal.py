@@ -1,6 +1,7 @@
 """Every part of a run tried once, with the longest rows, before the first step: what would fail in an hour fails now.
 
-    step          the longest rows that a flat batch holds: forward, backward, optimiser at learning rate 0
+    step          the longest rows, as many tokens as a step has in a flat batch: forward, backward, optimiser at
+                  learning rate 0
     evaluation    the longest held-out rows; answers of a few tokens to the longest prompts
     checkpoint    written, read back, removed
     merge         one layer
@@ -43,7 +44,7 @@ def rehearse(loop: Loop, tokenizer: Any, data: Prepared, progress: Progress | No
         RunError: as the run itself would: a row that doesn't fit into memory, a loss that isn't finite, a full disk.
     """
     begin, done = time.perf_counter(), ["step"]
-    rows = longest_rows(data.train, loop.max_batch_tokens)
+    rows = longest_rows(data.train, min(loop.largest_batch.tokens, loop.max_batch_tokens))
     loop.model.train()
     loop.update(rows, learning_rate=0.0)
     if data.eval:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from phinetune.train.memory import MemoryPeak
+from phinetune.machine.memory import MemoryPeak
 
 NOTHING = {"seconds": 0.0, "peak_gb": 0.0}
 

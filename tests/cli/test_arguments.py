@@ -11,8 +11,8 @@ import pytest
 from commands import phinetune
 
 from phinetune.cli import demo
+from phinetune.measure import verify
 from phinetune.recipe import load_recipe
-from phinetune.train import verify
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 from commands import phinetune
 
-from phinetune import files
 from phinetune.cli import doctor as cli
 from phinetune.kernels import native, threads
+from phinetune.machine import control_groups
 
 
 def doctor(*arguments, **environment):
@@ -99,8 +99,8 @@ def test_threads_are_what_this_process_may_use(monkeypatch, tmp_path, affinity, 
 def test_the_share_of_a_container_is_the_least_of_its_groups_and_those_above(
     monkeypatch, tmp_path, own, written, expected
 ):
-    monkeypatch.setattr(files, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(files, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(control_groups, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(control_groups, "OWN_CGROUPS", tmp_path / "own")
     if own is not None:
         (tmp_path / "own").write_text(own)
     for name, content in written.items():

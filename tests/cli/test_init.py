@@ -29,7 +29,7 @@ def proposed(data, tmp_path, model=None):
 )
 def test_the_model_goes_by_memory_and_by_what_can_be_had(chats, tmp_path, monkeypatch, gigabytes, hub, model, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("phinetune.train.memory.memory_total", lambda: int(gigabytes * 1e9))
+    monkeypatch.setattr("phinetune.machine.memory.memory_total", lambda: int(gigabytes * 1e9))
     monkeypatch.setattr("phinetune.hub.hub_answers", lambda: hub)
     recipe, _ = proposed(chats, tmp_path)
     assert (recipe.model, recipe.model_kwargs.dtype) == (model, dtype)

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,16 @@ def test_each_epoch_sees_every_row_once_in_another_order():
 )
 def test_how_many_steps(settings, steps):
     assert len(Plan([5] * 10, 0, config(**settings), 100)) == steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [({}, None), ({"num_train_epochs": 3}, None), ({"packing": True}, None), ({}, [2.5, 1, 0.5, 1, 0, 1, 3, 1, 1])],
+)
+def test_the_most_tokens_of_a_step(settings, weights):
+    lengths = [30, 50, 20, 70, 10, 90, 40, 60, 500]
+    plan = Plan(lengths, 0, config(**{"num_train_epochs": 1, **settings}), 60, weights and np.array(weights))
+    assert plan.most_tokens == max(sum(lengths[row] for row in step) for step in plan)
 
 
 def test_packed_steps_fill_a_token_budget():

@@ -286,11 +286,11 @@ def test_all_but_a_part_of_a_fused_layer():
     assert type(model.model.layers[0].mlp.gate_up_proj) is torch.nn.Linear
 
 
-def test_in_half_precision_everything_that_trains_may_train_in_fp32():
+def test_in_half_precision_everything_that_trains_does_so_in_fp32():
     model = tiny_model("llama", attention_bias=True).to(torch.bfloat16)
     ids = torch.randint(0, 1000, (1, 9))
     expected = model(ids).logits
-    lora.adapt(model, ["q_proj"], r=2, modules_to_save=["norm", "lm_head"], bias="lora_only", dtype=torch.float32)
+    lora.adapt(model, ["q_proj"], r=2, modules_to_save=["norm", "lm_head"], bias="lora_only")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert relative_error(model(ids).logits.detach(), expected.detach()) < 1e-2
@@ -302,3 +302,17 @@ def test_in_half_precision_everything_that_trains_may_train_in_fp32():
     lora.unload(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert relative_error(model(ids).logits.detach(), expected.detach()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("base", "asked", "trains_in"),
+    [
+        (torch.float16, None, torch.float32),
+        (torch.float64, None, torch.float64),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_what_adapters_train_in(base, asked, trains_in):
+    model = tiny_model("llama").to(base)
+    lora.adapt(model, ["q_proj"], r=2, modules_to_save=["norm"], dtype=asked)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {trains_in}

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from phinetune import lora
-from phinetune.model.projection import computing_dtype
+from phinetune.layers.projection import computing_dtype
 
 # name -> (how it is made, what it is given)
 LAYERS = {

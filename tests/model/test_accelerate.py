@@ -18,7 +18,7 @@ from transformers import LlamaForQuestionAnswering, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 import phinetune
-from phinetune.model import attention, fast
+from phinetune.layers import attention, fast
 from phinetune.model.accelerate import FlatBackbone, line_of
 
 FAMILIES = ["llama", "mistral", "phi3", "qwen2"]

@@ -9,7 +9,8 @@ from conftest import draw_lora_B, tiny_model
 import phinetune
 from phinetune import lora
 from phinetune.data import Example
-from phinetune.model import adapt_model, fast, flat_batches, loss_sum
+from phinetune.layers import fast
+from phinetune.model import adapt_model, flat_batches, loss_sum
 from phinetune.model.memory import (
     Batch,
     bytes_to_come,

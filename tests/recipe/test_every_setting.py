@@ -31,9 +31,9 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 
 from phinetune.errors import PhinetuneError, RunError
+from phinetune.layers.fast import FastLayer
 from phinetune.lora import LoRALayer, lora_layers
 from phinetune.model import quantised_layers
-from phinetune.model.fast import FastLayer
 from phinetune.model.memory import decoder_layers
 from phinetune.recipe import DataSource, Recipe, make_recipe
 from phinetune.recipe.schema import Section

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import phinetune
 from phinetune.kernels import native
 from phinetune.model import adapt_model
+from phinetune.model.memory import Batch
 from phinetune.recipe import PeftConfig
 from phinetune.train import estimate
 
@@ -43,6 +44,23 @@ def test_the_rate_is_that_of_the_product_that_a_transposed_layer_makes(monkeypat
     monkeypatch.setattr(estimate, "product", product)
     assert estimate.product_rate(model) > 0
     assert set(multiplied) == {((512, 32), (32, 96))}, "x (T, in) by Wᵀ (in, out)"
+
+
+def test_a_run_takes_what_the_largest_of_its_parts_takes(monkeypatch):
+    monkeypatch.setattr(estimate, "memory_in_use", lambda device: 0)
+    monkeypatch.setattr(estimate, "has_room_to_fold", lambda model: False)
+    model = tiny_model("llama", vocab_size=300)
+    adapt_model(model, PeftConfig(r=2), seed=0)
+    small, large = Batch(64, 64), Batch(4096, 64)
+    steps = estimate.expected_gb(model, small)
+    assert estimate.expected_gb(model, small, evaluated=small) == steps, "evaluating keeps less than training"
+    assert steps < estimate.expected_gb(model, small, evaluated=large) < estimate.expected_gb(model, large)
+    few, more = (1e9 * estimate.expected_gb(model, small, answered=tokens) for tokens in (10**6, 2 * 10**6))
+    cache, layer = 2 * 2 * 16 * 2, 4 * 64 + 3 * 96  # keys and values of 2 heads of 16 in 2 layers; one layer's own
+    assert more - few == pytest.approx(4 * (cache + layer) * 10**6), "float32"
+    monkeypatch.setattr(estimate, "has_room_to_fold", lambda model: True)
+    folded = 1e9 * estimate.expected_gb(model, small, answered=10**6)
+    assert folded - few == pytest.approx(4 * 2 * LAYER), "a copy of what is adapted"
 
 
 LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96  # q and o, k and v, the MLP's three

@@ -1,6 +1,7 @@
 """The rehearsal before the first step: it finds what would fail later, and leaves nothing behind."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_the_longest_rows_are_tried():
 
     assert longest_rows(Rows(), 22) == [1, 3, 2]
     assert longest_rows(Rows(), 5) == [1], "the longest in any case"
+
+
+def test_no_more_is_tried_than_a_step_has(tmp_path, tiny_llama_folder):
+    rows = [chat(words) for words in (10, 20, 30, 40)]
+    run(tmp_path / "one", tiny_llama_folder, rows, training_config={"per_device_train_batch_size": 1})
+    run(tmp_path / "all", tiny_llama_folder, rows, training_config={"per_device_train_batch_size": 4})
+    said = [re.search(r"longest rows \(.* tokens in (\d)\)", (tmp_path / name / "train.log").read_text())[1]
+            for name in ("one", "all")]  # fmt: skip
+    assert said == ["1", "4"]
 
 
 def test_a_row_that_would_fail_in_the_last_step_fails_in_the_rehearsal(tmp_path, tiny_llama_folder, monkeypatch):

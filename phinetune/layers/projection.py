@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from phinetune.lora.functional import Block, Factors, Projection, stack
-from phinetune.lora.layer import is_wrapped
+from phinetune.lora.layer import be_called
 from phinetune.lora.linear import Linear, MergedLinear
 
 
@@ -16,6 +16,18 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # there is none on meta
     return torch.get_autocast_dtype(device) if is_cast else x.dtype
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody else sees a module's calls, by hooks or a forward of its own: it can't be passed by then.
+
+    Hooks that see nothing are lora's own, and transformers' recorders, which stay when nothing is recorded any more.
+    """
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    hooks = [hook for hook in module._forward_hooks.values() if not str(hook.__module__).startswith("transformers.")]
+    hooks += [hook for hook in module._forward_pre_hooks.values() if hook is not be_called]
+    return bool(hooks or module._backward_hooks or module._backward_pre_hooks) or "forward" in module.__dict__
 
 
 def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
@@ -28,7 +40,7 @@ def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
         projection = _of_pefts(module)
     else:
         return None
-    if projection is None or is_wrapped(module):
+    if projection is None or is_watched(module):
         return None
     tensors = [*projection.weights, *(bias for bias in projection.biases if bias is not None)]
     if any(tensor.requires_grad or tensor.dtype != dtype for tensor in tensors):
@@ -47,7 +59,7 @@ def _of_ours(layer: Any) -> Projection | None:
 def _of_pefts(layer: Any) -> Projection | None:
     """`peft.tuners.lora.Linear` (PEFT 0.21): y = base(x) + Σ scaling · B(A(dropout(x))) over its active adapters."""
     base = layer.base_layer
-    if type(base) is not nn.Linear or is_wrapped(base) or layer.merged or layer.lora_variant:
+    if type(base) is not nn.Linear or is_watched(base) or layer.merged or layer.lora_variant:
         return None
     names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
     terms, dropouts = [], set()
@@ -56,7 +68,7 @@ def _of_pefts(layer: Any) -> Projection | None:
         is_plain = type(lora_A) is type(lora_B) is nn.Linear and lora_B.bias is None
         if not (is_plain and isinstance(dropout, nn.Dropout | nn.Identity)):
             return None
-        if any(map(is_wrapped, (lora_A, lora_B, dropout))):
+        if any(map(is_watched, (lora_A, lora_B, dropout))):
             return None
         r = lora_A.weight.shape[0]
         block = Block(slice(0, base.out_features), slice(0, r), slice(0, lora_B.weight.numel()), layer.scaling[name])

@@ -29,11 +29,12 @@ import numpy as np
 import torch
 
 from phinetune.data import Plan, Prepared, prepare
-from phinetune.disk import free_bytes
 from phinetune.errors import InputError, PhinetuneError, RecipeError, RunError
 from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.kernels.threads import settle_threads
+from phinetune.machine.disk import free_bytes
+from phinetune.machine.memory import MemoryPeak, memory_free, memory_in_use, memory_total
 from phinetune.model import adapt_model, load_config, load_tokenizer, pick_device
 from phinetune.model.memory import mapped_bytes
 from phinetune.recipe import PeftConfig, Recipe, dump_recipe, load_recipe
@@ -41,7 +42,6 @@ from phinetune.train.best import Best
 from phinetune.train.checkpoint import MINIMUM_KEPT, checkpoint_bytes, most_at_once
 from phinetune.train.finetune import largest_batch, make_loop
 from phinetune.train.loop import Loop
-from phinetune.train.memory import MemoryPeak, memory_free, memory_in_use, memory_total
 from phinetune.train.optimiser import trainable_parameters
 from phinetune.train.rehearsal import longest_rows, rehearse
 from phinetune.train.schedule import Schedule
@@ -134,7 +134,7 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         needs = _on_gpu(needs, rate, recomputed / layers)
     best = Best.of(training)
     kept = most_at_once(Schedule.of(training, steps).saves_behind(0, best), training.save_total_limit, best.keeps)
-    batch = largest_batch(data, recipe.data.max_batch_tokens)
+    batch = largest_batch(data.train.lengths, steps.most_tokens, recipe.data.max_batch_tokens)
     found = {
         "model": recipe.model,
         "device": device or pick_device(training.use_cpu).type,
@@ -333,7 +333,7 @@ def _in_a_process(recipe: Recipe, layers: int, recomputed: bool) -> Needs:
         path = Path(folder) / "recipe.yaml"
         asked = recipe.model_copy(update={"training_config": training})
         path.write_text(dump_recipe(asked), encoding="utf-8")
-        command = [sys.executable, "-m", "phinetune.train.forecast", str(path), str(layers)]
+        command = [sys.executable, "-m", "phinetune.measure.forecast", str(path), str(layers)]
         token = recipe.model_kwargs.token  # is in no recipe that is written
         environment = {**os.environ, **({"HF_TOKEN": token} if token else {})}
         lives, alive = os.pipe()
@@ -364,7 +364,7 @@ def measure(recipe: Recipe, layers: int) -> Needs:
         loaded = memory_in_use(device)
         loop.folder.mkdir(parents=True)
         loop.model.train()
-        loop.update(longest_rows(data.train, loop.max_batch_tokens), learning_rate=0.0)
+        loop.update(longest_rows(data.train, loop.largest_batch.tokens), learning_rate=0.0)
         with MemoryPeak(device) as memory:  # freed memory is kept, so the longest rows' is in it, but no compiler
             seconds = _seconds_a_token(loop, data)
             stepping = memory.gb * 1e9
@@ -407,7 +407,7 @@ def _seconds_a_token(loop: Loop, data: Prepared) -> float:
 
 
 def main() -> None:
-    """`python -m phinetune.train.forecast RECIPE LAYERS`: one measurement, as JSON."""
+    """`python -m phinetune.measure.forecast RECIPE LAYERS`: one measurement, as JSON."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         print(json.dumps(asdict(measure(load_recipe(sys.argv[1])[0], int(sys.argv[2])))))

@@ -25,10 +25,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 
 from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
-from phinetune.lora.decoder import linear_add, norm_gated_mlp, norm_linears
+from phinetune.layers.decoder import linear_add, norm_gated_mlp, norm_linears
+from phinetune.layers.in_place import InPlace
+from phinetune.layers.projection import computing_dtype, is_watched, projection_of
 from phinetune.lora.functional import Projection, side_by_side
-from phinetune.model.in_place import InPlace
-from phinetune.model.projection import computing_dtype, projection_of
 
 ATTENTIONS = (LlamaAttention, MistralAttention, Phi3Attention, Qwen2Attention)
 MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
@@ -112,7 +112,7 @@ class FastLayer(InPlace):
         activation = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
         own = (attention, mlp, activation, *norms)
         # Somebody else's, or watched by them.
-        if type(mlp) not in MLPS or any(type(norm) not in NORMS for norm in norms) or any(map(_is_watched, own)):
+        if type(mlp) not in MLPS or any(type(norm) not in NORMS for norm in norms) or any(map(is_watched, own)):
             return None
         if not is_known(attention) or not isinstance(activation, nn.SiLU | SiLUActivation):
             return None
@@ -138,15 +138,6 @@ class FastLayer(InPlace):
                 return None
             parts.append(side_by_side([projection for projection in projections if projection is not None]))
         return Parts(*parts)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody sees a module's calls; transformers' own recorders stay when nothing is recorded any more."""
-    if torch.nn.modules.module._has_any_global_hook():
-        return True
-    recorders = [hook for hook in module._forward_hooks.values() if hook.__module__.startswith("transformers.")]
-    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(others) or len(module._forward_hooks) > len(recorders) or "forward" in module.__dict__
 
 
 def is_known(attention: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phinetune.train.memory import MemoryPeak, memory_in_use
+from phinetune.machine.memory import MemoryPeak, memory_in_use
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere children aren't counted")
 

@@ -9,7 +9,8 @@ from conftest import draw_lora_B, relative_error, tiny_model
 from phinetune import lora
 from phinetune.data import Example, lay_out
 from phinetune.kernels import compiled
-from phinetune.model import fast, fused_parts, load, loss_sum
+from phinetune.layers import fast
+from phinetune.model import fused_parts, load, loss_sum
 
 FAMILIES = ["llama", "mistral", "phi3", "qwen2"]
 CONFIGS = {

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 
 from phinetune.kernels import native
-from phinetune.lora import blockwise, decoder
+from phinetune.layers import blockwise, decoder
 from phinetune.lora.functional import Block, Factors, Projection, side_by_side
 
 pytestmark = pytest.mark.skipif(
@@ -228,7 +228,7 @@ REFUSED = """
 import resource
 from pathlib import Path
 import torch
-from phinetune.lora import blockwise, decoder
+from phinetune.layers import blockwise, decoder
 from phinetune.lora.functional import Projection, side_by_side
 
 def layers(width, inner):

@@ -8,12 +8,12 @@ from phinetune.kernels import native
 from phinetune.kernels.allocator import keep_freed_memory
 from phinetune.kernels.compiled import can_compile
 from phinetune.kernels.threads import settle_threads
+from phinetune.machine.memory import MemoryPeak, memory_free, memory_total
+from phinetune.machine.system import cpu, device_name, system, versions
+from phinetune.measure.rates import rates_by_dtype, share_reached
 from phinetune.model import adapt_model, load_model, load_tokenizer, pick_device, resolve_dtype
 from phinetune.recipe import DataConfig, ModelKwargs, PeftConfig, TrainingConfig
-from phinetune.train import machine
-from phinetune.train.memory import MemoryPeak, memory_free, memory_total
 from phinetune.train.optimiser import make_optimizer
-from phinetune.train.rates import rates_by_dtype, share_reached
 
 KERNELS = {
     "attention": "packed attention", "decoder": "decoder layers", "loss": "the loss head", "products": "other products",
@@ -30,10 +30,10 @@ def examine(training: bool = True) -> dict[str, Any]:
     device = pick_device(use_cpu=False)
     native.prepare(device)
     found: dict[str, Any] = {
-        "versions": machine.versions(),
-        **machine.system(),
-        "device": machine.device_name(device),
-        "cpu": machine.cpu(),
+        "versions": versions(),
+        **system(),
+        "device": device_name(device),
+        "cpu": cpu(),
         "threads": threads,
         "memory_gb": {"total": memory_total() / 1e9, "free": memory_free() / 1e9},
         "gpu_memory_gb": _gpu_memory(device),

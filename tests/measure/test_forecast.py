@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from phinetune.cli.app import app
 from phinetune.errors import RecipeError
+from phinetune.measure import forecast as room
+from phinetune.measure.forecast import Needs, Room, _device, _Lines, forecast
 from phinetune.model import adapt_model, load_config
 from phinetune.recipe import load_recipe, make_recipe
-from phinetune.train import forecast as room
-from phinetune.train.forecast import Needs, Room, _device, _Lines, forecast
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_no_more_is_free_than_there_is(monkeypatch):
 
 
 def test_a_measurement_ends_with_who_asked_for_it(recipe):
-    command = [sys.executable, "-m", "phinetune.train.forecast", str(recipe), "2"]
+    command = [sys.executable, "-m", "phinetune.measure.forecast", str(recipe), "2"]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "")
 

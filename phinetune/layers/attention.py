@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from phinetune.kernels import Path, packed_attention
-from phinetune.model.projection import computing_dtype
+from phinetune.layers.projection import computing_dtype
 
 NAME = "phinetune"
 

@@ -6,8 +6,8 @@ from collections import namedtuple
 
 import pytest
 
-from phinetune.disk import check_room, naming_full_disk, replacing, write_text
 from phinetune.errors import RunError
+from phinetune.machine.disk import check_room, naming_full_disk, replacing, write_text
 
 Usage = namedtuple("Usage", "total used free")
 

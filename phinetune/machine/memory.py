@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from phinetune.files import control_groups
+from phinetune.machine.control_groups import control_groups
 
 INTERVAL = 0.05  # seconds
 # Limit and use of a container in bytes, and what of its use would be given up, by both versions of control groups.

@@ -2,17 +2,16 @@
 
 import pytest
 
-from phinetune import files
-from phinetune.train import memory
-from phinetune.train.memory import memory_free, memory_total
+from phinetune.machine import control_groups, memory
+from phinetune.machine.memory import memory_free, memory_total
 
 GB = 10**9
 
 
 def containers(monkeypatch, folder, own, groups):
     """A tree of control groups, in which this process is where `own` says."""
-    monkeypatch.setattr(files, "CGROUPS", folder / "cgroup")
-    monkeypatch.setattr(files, "OWN_CGROUPS", folder / "own")
+    monkeypatch.setattr(control_groups, "CGROUPS", folder / "cgroup")
+    monkeypatch.setattr(control_groups, "OWN_CGROUPS", folder / "own")
     (folder / "own").write_text(own)
     for name, content in groups.items():
         path = folder / "cgroup" / name

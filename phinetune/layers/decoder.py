@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from phinetune.kernels.gated import silu_mul, silu_mul_backward
 from phinetune.kernels.linear import add_input_gradient_, input_gradient, linear
 from phinetune.kernels.norm import rms_norm, rms_norm_again, rms_norm_backward
-from phinetune.lora import blockwise
+from phinetune.layers import blockwise
 from phinetune.lora.functional import (
     Projection,
     add_low_rank_,
