@@ -4,8 +4,9 @@
 //     linear_add       residual + layer(x)
 //     norm_gated_mlp   x + down(silu(gate) · up), gate and up of RMSNorm(x)
 //
-// layers/decoder.py has the same in plain products, which are the reference.  Here a thread takes a block of rows through
-// all of it while they are in its cache: norms, activations, residuals and low-rank updates cost no pass over memory.
+// layers/decoder.py has the same in plain products, which are the reference.  Here a thread takes a block of rows
+// through all of it while they are in its cache: norms, activations, residuals and low-rank updates cost no pass over
+// memory.
 //
 // T tokens, K inputs, N outputs, R ranks rounded up to 16 (projection.h).  Sums are in fp32 and rounded once; gradients
 // of A and B are summed in fp32 over the blocks of a thread, then over threads, in an order that depends on their
