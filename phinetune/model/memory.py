@@ -88,8 +88,13 @@ def bytes_to_answer(model: Any, tokens: int, folds: bool) -> int:
     _, kv_heads, width = _heads(config)
     cache = 2 * kv_heads * width * len(decoder_layers(model))
     layer = 4 * int(config.hidden_size) + 3 * _intermediate(config)
-    copy = sum(layer.weight.numel() for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear)) * folds
-    return _trained_with(model) + int(((cache + layer) * tokens + copy) * element)
+    copy = adapted_weights(model) if folds else 0
+    return _trained_with(model) + ((cache + layer) * tokens + copy) * element
+
+
+def adapted_weights(model: nn.Module) -> int:
+    """How many weights of linear layers have an adapter, and are copied where they are folded."""
+    return sum(layer.weight.numel() for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear))
 
 
 def _trained_with(model: Any) -> int:

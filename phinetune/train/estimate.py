@@ -11,7 +11,14 @@ from phinetune.kernels.int8 import Int8Weight
 from phinetune.kernels.products import product
 from phinetune.lora.targets import is_transposed
 from phinetune.machine.memory import memory_free, memory_in_use
-from phinetune.model.memory import Batch, bytes_to_answer, bytes_to_come, bytes_to_evaluate, mapped_bytes
+from phinetune.model.memory import (
+    Batch,
+    adapted_weights,
+    bytes_to_answer,
+    bytes_to_come,
+    bytes_to_evaluate,
+    mapped_bytes,
+)
 
 # Share of the machine's matrix-product rate that a whole training step reaches, measured on SmolLM2-135M with flat
 # batches of 1,024 tokens on 2 CPU cores: by transformers' layers, and with the C++ kernels of a dtype (docs/log.md).
@@ -77,5 +84,5 @@ def has_room_to_fold(model: Any) -> bool:
     are int8: what is folded is multiplied in 16 bits, and would answer otherwise than it trains."""
     if any(isinstance(parameter, Int8Weight) for parameter in model.parameters()):
         return False
-    adapted = sum(layer.weight.numel() for _, layer in lora.lora_layers(model) if isinstance(layer, lora.Linear))
-    return adapted * torch.finfo(model.dtype).bits / 8 * ROOM_TO_FOLD < memory_free(model.device) - mapped_bytes(model)
+    copy = adapted_weights(model) * torch.finfo(model.dtype).bits / 8
+    return copy * ROOM_TO_FOLD < memory_free(model.device) - mapped_bytes(model)
