@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from phinetune.kernels import native
 from phinetune.kernels.packs import NO_WINDOW, Path
+from phinetune.kernels.pieces import empty_rows
 
 VECTOR = 16  # a head is so many elements wide, or a multiple
 WIDEST = 256
@@ -58,7 +59,7 @@ class _FlashAttention(torch.autograd.Function):
         ctx: Any, qkv_TJD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, settings: tuple[Any, ...]
     ) -> Tensor:
         line, _held = _line(qkv_TJD, _half(cos_TR), _half(sin_TR), settings)
-        out_THD = qkv_TJD.new_empty(line.tokens, line.heads, line.width)
+        out_THD = empty_rows(qkv_TJD, line.tokens, line.heads, line.width)
         lse_HT = qkv_TJD.new_empty(line.heads, line.tokens, dtype=torch.float32)
         _call("attention_forward", line, out_THD, lse_HT)
         ctx.save_for_backward(qkv_TJD, cos_TR, sin_TR, out_THD, lse_HT)  # all layers keep the same angles
@@ -69,7 +70,7 @@ class _FlashAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         qkv_TJD, cos_TR, sin_TR, out_THD, lse_HT = ctx.saved_tensors
-        dqkv_TJD = torch.empty_like(qkv_TJD)
+        dqkv_TJD = empty_rows(qkv_TJD, *qkv_TJD.shape)
         line, _held = _line(qkv_TJD, _half(cos_TR), _half(sin_TR), ctx.settings)
         kept = out_THD, lse_HT, dout_THD.contiguous()
         _call("attention_backward", line, *kept, dqkv_TJD)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phinetune.kernels import native
+from phinetune.kernels.pieces import empty_rows
 from phinetune.lora.functional import Projection, draw_dropout
 
 VECTOR = 16  # widths are multiples of it
@@ -78,9 +79,9 @@ class _Linears(torch.autograd.Function):
         x_TK = x_TK.contiguous()
         keep_TK = _draw(x_TK, layers)
         asked = _Asked(layers, keep_TK)
-        y_TN = x_TK.new_empty(len(x_TK), asked.outputs)
+        y_TN = empty_rows(x_TK, len(x_TK), asked.outputs)
         thin_TP = asked.new_thin(x_TK)
-        rstd_T = None if norm_weight_K is None else x_TK.new_empty(len(x_TK), dtype=torch.float32)
+        rstd_T = None if norm_weight_K is None else empty_rows(x_TK, len(x_TK), dtype=torch.float32)
         residual = None if residual_TN is None else residual_TN.contiguous()
         _call("linears_forward", [asked], x_TK, norm_weight_K, ctypes.c_float(eps), residual, y_TN, thin_TP, rstd_T)
         ctx.save_for_backward(x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK, *trained)  # which mustn't change meanwhile
@@ -92,7 +93,7 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK, *_ = ctx.saved_tensors
         asked = _Asked(ctx.layers, keep_TK)
-        dx_TK = torch.empty_like(x_TK) if ctx.needs_input_grad[2] else None
+        dx_TK = empty_rows(x_TK, *x_TK.shape) if ctx.needs_input_grad[2] else None
         dA, dB = asked.new_gradients()
         dy = dy_TN.contiguous()
         _call("linears_backward", [asked], dy, x_TK, norm_weight_K, rstd_T, thin_TP, dx_TK, dA, dB, tokens=len(x_TK))
@@ -115,10 +116,10 @@ class _NormGatedMLP(torch.autograd.Function):
         keep_TD = _draw(x_TD, gate_up)
         keep_TF = _draw(x_TD, down, width)
         parts = [_Asked(gate_up, keep_TD), _Asked(down, keep_TF)]
-        y_TD = torch.empty_like(x_TD)
-        both_TF2 = x_TD.new_empty(len(x_TD), 2 * width)
+        y_TD = empty_rows(x_TD, *x_TD.shape)
+        both_TF2 = empty_rows(x_TD, len(x_TD), 2 * width)
         thins = [part.new_thin(x_TD) for part in parts]
-        rstd_T = x_TD.new_empty(len(x_TD), dtype=torch.float32)
+        rstd_T = empty_rows(x_TD, len(x_TD), dtype=torch.float32)
         _call("mlp_forward", parts, x_TD, norm_weight_D, ctypes.c_float(eps), y_TD, both_TF2, *thins, rstd_T)
         ctx.save_for_backward(x_TD, norm_weight_D, rstd_T, both_TF2, *thins, keep_TD, keep_TF, *trained)
         ctx.gate_up, ctx.down = gate_up, down
@@ -129,7 +130,7 @@ class _NormGatedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down, keep_TD, keep_TF, *_ = ctx.saved_tensors
         parts = [_Asked(ctx.gate_up, keep_TD), _Asked(ctx.down, keep_TF)]
-        dx_TD = torch.empty_like(x_TD) if ctx.needs_input_grad[3] else None
+        dx_TD = empty_rows(x_TD, *x_TD.shape) if ctx.needs_input_grad[3] else None
         gradients = [part.new_gradients() for part in parts]
         kept = dy_TD.contiguous(), x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down
         _call("mlp_backward", parts, *kept, dx_TD, *gradients[0], *gradients[1], tokens=len(x_TD))
@@ -203,7 +204,7 @@ class _Asked:
         )
 
     def new_thin(self, x_TK: Tensor) -> Tensor | None:
-        return x_TK.new_empty(len(x_TK), -(-self.ranks // VECTOR) * VECTOR) if self.ranks else None
+        return empty_rows(x_TK, len(x_TK), -(-self.ranks // VECTOR) * VECTOR) if self.ranks else None
 
     def new_gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Of A and B, in fp32."""

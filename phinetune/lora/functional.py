@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phinetune.kernels.linear import input_gradient, linear
+from phinetune.kernels.pieces import empty_rows
 from phinetune.kernels.products import add_product_, product
 from phinetune.kernels.quantised import QuantisedWeight
 
@@ -170,7 +171,7 @@ def delta_weight(factors: Factors, out_features: int) -> Tensor:
 
 def draw_dropout(x_TK: Tensor, dropout_p: float) -> Tensor | None:
     """Which elements of x stay, a byte each, from torch's own generator; None where all do."""
-    return torch.empty_like(x_TK, dtype=torch.bool).bernoulli_(1 - dropout_p) if dropout_p > 0 else None
+    return empty_rows(x_TK, *x_TK.shape, dtype=torch.bool).bernoulli_(1 - dropout_p) if dropout_p > 0 else None
 
 
 def add_low_rank_(

@@ -82,7 +82,7 @@ void linears_forward(const Projection* p_, int tokens, int threads, const bf16* 
             laid.lay_out(p);
 #pragma omp for schedule(static)
             for (int block = 0; block < blocks.count; block++) {
-                const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
+                const int token = blocks.begin(block), rows = blocks.rows(block);
                 const bf16* from = x + (long)token * p.inputs;
                 if (norm_weight)
                     norm(from, norm_weight, eps, p.inputs, rows, rstd + token, false, in.data, row);
@@ -127,7 +127,7 @@ void linears_backward(const Projection* p_, int tokens, int threads, const bf16*
             laid.lay_out(p, dx);
 #pragma omp for schedule(static)
             for (int block = 0; block < blocks.count; block++) {
-                const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
+                const int token = blocks.begin(block), rows = blocks.rows(block);
                 const bf16* from = x + (long)token * p.inputs;
                 copy_rows(dy + (long)token * p.outputs, rows, p.outputs, out.data, row);
                 if (p.ranks) {
@@ -171,7 +171,7 @@ void mlp_forward(const Projection* gate_up_, const Projection* down_, int tokens
             laid_down.lay_out(q);
 #pragma omp for schedule(static)
             for (int block = 0; block < blocks.count; block++) {
-                const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
+                const int token = blocks.begin(block), rows = blocks.rows(block);
                 const bf16* from = x + (long)token * p.inputs;
                 norm(from, norm_weight, eps, p.inputs, rows, rstd + token, false, in.data, row);
                 if (p.ranks) make_thin(p, laid, token, rows, in.data, row, copy.data, thin, gates.data);
@@ -233,7 +233,7 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
             laid.lay_out(p, dx);
 #pragma omp for schedule(static)
             for (int block = 0; block < blocks.count; block++) {
-                const int token = block * blocks.size, rows = std::min(blocks.size, tokens - token);
+                const int token = blocks.begin(block), rows = blocks.rows(block);
                 const bf16 *from = x + (long)token * p.inputs, *from_dy = dy + (long)token * q.outputs;
                 copy_rows(from_dy, rows, q.outputs, out.data, down_row);
                 for (int i = 0; i < rows; i++)  // what `down` read

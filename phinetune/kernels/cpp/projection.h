@@ -71,14 +71,16 @@ struct Groups {
     term* group(int n) const { return data + (long)n * terms * 16; }
 };
 
-// How the rows are cut: each thread as many blocks as another, in whole tiles of rows.
+// How the rows are cut: in whole tiles of 6, each thread as many blocks of about as many rows as another.
 struct Blocks {
-    int size, count;
-    Blocks(int tokens, int threads) {
+    int tokens, count, size;  // of the largest
+    Blocks(int tokens, int threads) : tokens(tokens) {
         count = threads * std::max(1, (tokens + threads * MOST_ROWS - 1) / (threads * MOST_ROWS));
-        size = std::min(MOST_ROWS, ((tokens + count - 1) / count + 5) / 6 * 6);
-        count = (tokens + size - 1) / size;
+        size = (tiles() + count - 1) / count * 6;
     }
+    int tiles() const { return (tokens + 5) / 6; }
+    int begin(int block) const { return std::min(tokens, (int)((long)tiles() * block / count) * 6); }
+    int rows(int block) const { return begin(block + 1) - begin(block); }
 };
 
 // ---- laying out: to be called by all threads of a parallel region --------------------------------------------------
