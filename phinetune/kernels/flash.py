@@ -9,6 +9,7 @@ Shape suffixes as in attention.py; A angles, half of what is rotated of a head.
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -48,9 +49,26 @@ def flash_attention(
     return cast(Tensor, _FlashAttention.apply(qkv_TJD.contiguous(), cos_TR, sin_TR, settings))
 
 
-def _half(angles_TR: Tensor | None) -> Tensor | None:
-    """Both halves of transformers' cosines and sines are the same."""
-    return None if angles_TR is None else angles_TR[:, : angles_TR.shape[1] // 2].float().contiguous()
+def _halves(cos_TR: Tensor | None, sin_TR: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(T, A) each, in fp32: both halves of transformers' cosines and sines are the same.  All layers ask for those of
+    the same angles, forward and backward."""
+    if cos_TR is None or sin_TR is None:
+        return None, None
+    if cos_TR.is_inference() or sin_TR.is_inference():
+        return _half(cos_TR), _half(sin_TR)
+    asked = [(x.data_ptr(), x._version, x.shape, x.stride(), x.dtype) for x in (cos_TR, sin_TR)]
+    if getattr(_last, "asked", None) != asked:
+        _last.asked, _last.angles = asked, (cos_TR, sin_TR)  # held, so that nothing else lies there
+        _last.halves = _half(cos_TR), _half(sin_TR)
+    cos_TA, sin_TA = _last.halves
+    return cos_TA, sin_TA
+
+
+def _half(angles_TR: Tensor) -> Tensor:
+    return angles_TR[:, : angles_TR.shape[1] // 2].float().contiguous()
+
+
+_last = threading.local()
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -58,7 +76,7 @@ class _FlashAttention(torch.autograd.Function):
     def forward(
         ctx: Any, qkv_TJD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, settings: tuple[Any, ...]
     ) -> Tensor:
-        line, _held = _line(qkv_TJD, _half(cos_TR), _half(sin_TR), settings)
+        line, _held = _line(qkv_TJD, *_halves(cos_TR, sin_TR), settings)
         out_THD = empty_rows(qkv_TJD, line.tokens, line.heads, line.width)
         lse_HT = qkv_TJD.new_empty(line.heads, line.tokens, dtype=torch.float32)
         _call("attention_forward", line, out_THD, lse_HT)
@@ -71,7 +89,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         qkv_TJD, cos_TR, sin_TR, out_THD, lse_HT = ctx.saved_tensors
         dqkv_TJD = empty_rows(qkv_TJD, *qkv_TJD.shape)
-        line, _held = _line(qkv_TJD, _half(cos_TR), _half(sin_TR), ctx.settings)
+        line, _held = _line(qkv_TJD, *_halves(cos_TR, sin_TR), ctx.settings)
         kept = out_THD, lse_HT, dout_THD.contiguous()
         _call("attention_backward", line, *kept, dqkv_TJD)
         return dqkv_TJD, None, None, None

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from phinetune.files import cache_folder, mark_used, remove_unused
 
@@ -87,7 +88,7 @@ def kernels_for(dtype: torch.dtype) -> list[str]:
 
 def is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor is numbers of a dtype in this machine's memory: a subclass's may lie nowhere."""
-    return type(tensor.detach()) is Tensor and tensor.device.type == "cpu" and tensor.dtype is dtype
+    return type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu" and tensor.dtype is dtype
 
 
 def call(name: str, function: str, *arguments: Any, dtype: torch.dtype = torch.bfloat16) -> None:

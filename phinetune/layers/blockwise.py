@@ -60,9 +60,8 @@ def _is_laid_out(part: Projection) -> bool:
         plain = native.is_plain(weight, torch.bfloat16) and weight.is_contiguous()
         if not plain or weight.shape[0] % VECTOR or weight.shape[1] % VECTOR:
             return False
-    if part.factors is None:
-        return True
-    return not any(edge % VECTOR for block in part.factors.blocks for edge in (block.out.start, block.out.stop))
+    blocks = [block for update in part.updates for block in update.blocks]
+    return not any(edge % VECTOR for block in blocks for edge in (block.out.start, block.out.stop))
 
 
 class _Linears(torch.autograd.Function):
@@ -78,26 +77,27 @@ class _Linears(torch.autograd.Function):
     ) -> Tensor:
         x_TK = x_TK.contiguous()
         keep_TK = _draw(x_TK, layers)
-        asked = _Asked(layers, keep_TK)
+        asked = _Asked(layers)
         y_TN = empty_rows(x_TK, len(x_TK), asked.outputs)
         thin_TP = asked.new_thin(x_TK)
         rstd_T = None if norm_weight_K is None else empty_rows(x_TK, len(x_TK), dtype=torch.float32)
         residual = None if residual_TN is None else residual_TN.contiguous()
-        _call("linears_forward", [asked], x_TK, norm_weight_K, ctypes.c_float(eps), residual, y_TN, thin_TP, rstd_T)
+        into = residual, y_TN, thin_TP, rstd_T
+        _call("linears_forward", [asked], [keep_TK], x_TK, norm_weight_K, ctypes.c_float(eps), *into)
         ctx.save_for_backward(x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK, *trained)  # which mustn't change meanwhile
-        ctx.layers, ctx.adds = layers, residual_TN is not None
+        ctx.asked, ctx.adds = asked, residual_TN is not None
         return y_TN
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK, *_ = ctx.saved_tensors
-        asked = _Asked(ctx.layers, keep_TK)
+        asked: _Asked = ctx.asked
         dx_TK = empty_rows(x_TK, *x_TK.shape) if ctx.needs_input_grad[2] else None
-        dA, dB = asked.new_gradients()
-        dy = dy_TN.contiguous()
-        _call("linears_backward", [asked], dy, x_TK, norm_weight_K, rstd_T, thin_TP, dx_TK, dA, dB, tokens=len(x_TK))
-        return None, None, dx_TK, None, dy_TN if ctx.adds else None, *asked.as_trained(dA, dB)
+        gradients = asked.new_gradients()
+        kept = dy_TN.contiguous(), x_TK, norm_weight_K, rstd_T, thin_TP
+        _call("linears_backward", [asked], [keep_TK], *kept, dx_TK)
+        return None, None, dx_TK, None, dy_TN if ctx.adds else None, *asked.as_trained(gradients)
 
 
 class _NormGatedMLP(torch.autograd.Function):
@@ -113,43 +113,44 @@ class _NormGatedMLP(torch.autograd.Function):
     ) -> Tensor:
         x_TD = x_TD.contiguous()
         width = down.weights[0].shape[1]
-        keep_TD = _draw(x_TD, gate_up)
-        keep_TF = _draw(x_TD, down, width)
-        parts = [_Asked(gate_up, keep_TD), _Asked(down, keep_TF)]
+        keeps = _draw(x_TD, gate_up), _draw(x_TD, down, width)
+        parts = [_Asked(gate_up), _Asked(down)]
         y_TD = empty_rows(x_TD, *x_TD.shape)
         both_TF2 = empty_rows(x_TD, len(x_TD), 2 * width)
         thins = [part.new_thin(x_TD) for part in parts]
         rstd_T = empty_rows(x_TD, len(x_TD), dtype=torch.float32)
-        _call("mlp_forward", parts, x_TD, norm_weight_D, ctypes.c_float(eps), y_TD, both_TF2, *thins, rstd_T)
-        ctx.save_for_backward(x_TD, norm_weight_D, rstd_T, both_TF2, *thins, keep_TD, keep_TF, *trained)
-        ctx.gate_up, ctx.down = gate_up, down
+        _call("mlp_forward", parts, keeps, x_TD, norm_weight_D, ctypes.c_float(eps), y_TD, both_TF2, *thins, rstd_T)
+        ctx.save_for_backward(x_TD, norm_weight_D, rstd_T, both_TF2, *thins, *keeps, *trained)
+        ctx.parts = parts
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down, keep_TD, keep_TF, *_ = ctx.saved_tensors
-        parts = [_Asked(ctx.gate_up, keep_TD), _Asked(ctx.down, keep_TF)]
+        x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down, *keeps = ctx.saved_tensors[:8]
+        parts: list[_Asked] = ctx.parts
         dx_TD = empty_rows(x_TD, *x_TD.shape) if ctx.needs_input_grad[3] else None
         gradients = [part.new_gradients() for part in parts]
         kept = dy_TD.contiguous(), x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down
-        _call("mlp_backward", parts, *kept, dx_TD, *gradients[0], *gradients[1], tokens=len(x_TD))
-        of_both = [g for part, pair in zip(parts, gradients, strict=True) for g in part.as_trained(*pair)]
+        _call("mlp_backward", parts, keeps, *kept, dx_TD)
+        of_both = [d for part, own in zip(parts, gradients, strict=True) for d in part.as_trained(own)]
         return None, None, None, dx_TD, None, *of_both
 
 
 def _draw(x_TK: Tensor, layers: Projection, width: int | None = None) -> Tensor | None:
     """A dropout mask for what A reads: (T, K), or (T, `width`) where that isn't made yet."""
-    if layers.factors is None:
+    if not layers.updates:
         return None
     return draw_dropout(x_TK if width is None else x_TK.new_empty(1, 1).expand(len(x_TK), width), layers.dropout_p)
 
 
-def _call(function: str, parts: Sequence["_Asked"], *arguments: Any, tokens: int | None = None) -> None:
-    """The kernel's function on parts, tokens, threads, and tensors (null where None)."""
-    tokens = len(arguments[0]) if tokens is None else tokens
+def _call(function: str, parts: Sequence["_Asked"], keeps: Sequence[Tensor | None], first: Tensor, *more: Any) -> None:
+    """The kernel's function on parts and what dropout keeps of their inputs, on as many tokens as `first` has rows,
+    and on tensors (null where None)."""
+    for part, keep_TK in zip(parts, keeps, strict=True):
+        part.struct.keep = None if keep_TK is None else keep_TK.data_ptr()
     asked = [ctypes.byref(part.struct) for part in parts]
-    native.call("decoder", function, *asked, tokens, torch.get_num_threads(), *arguments)
+    native.call("decoder", function, *asked, len(first), torch.get_num_threads(), first, *more)
 
 
 class _LowRank(ctypes.Structure):
@@ -157,7 +158,7 @@ class _LowRank(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("out", "columns", "a", "rank")),
-        ("b", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("A", "B", "dA", "dB")),
         ("scaling", ctypes.c_float),
     ]
 
@@ -166,61 +167,60 @@ class _Projection(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("inputs", "outputs", "ranks", "block_count")),
         ("keep_scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("weights", "rows", "bias", "lora_A", "lora_B", "blocks", "keep")),
+        *((name, ctypes.c_void_p) for name in ("weights", "rows", "bias", "blocks", "keep")),
     ]
 
 
 class _Asked:
-    """A projection as the kernel reads it, with what must live as long."""
+    """A projection as the kernel reads it, with the tensors that it points at: they stay, whatever a module gets."""
 
-    def __init__(self, part: Projection, keep_TK: Tensor | None) -> None:
+    def __init__(self, part: Projection) -> None:
         self.part = part
-        rows = [weight.shape[0] for weight in part.weights]
-        self.outputs = sum(rows)
-        self.ranks = 0 if part.factors is None else part.factors.lora_A.shape[0]
-        weights = (ctypes.c_void_p * len(rows))(*(weight.data_ptr() for weight in part.weights))
-        bias = None
-        if any(b is not None for b in part.biases):
-            some = zip(part.biases, part.weights, strict=True)
-            bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b.detach() for b, w in some]).float()
-        lora_A = lora_B = blocks = None
-        if part.factors is not None:
-            lora_A, lora_B = (factor.detach().float().contiguous() for factor in part.factors[:2])
-            made = [
-                _LowRank(
-                    b.out.start, b.out.stop - b.out.start, b.a.start, b.a.stop - b.a.start, b.b.start or 0, b.scaling
-                )
-                for b in part.factors.blocks
-            ]
-            blocks = (_LowRank * len(made))(*made)
-        self.held = [weights, (ctypes.c_int * len(rows))(*rows), bias, lora_A, lora_B, blocks, keep_TK]
+        self.weights = [weight.detach() for weight in part.weights]
+        self.factors = [factor.detach().float().contiguous() for factor in part.trained]
+        self.bias = _bias_of(part)
+        rows = [len(weight) for weight in self.weights]
+        inputs, self.outputs = self.weights[0].shape[1], sum(rows)
+        self.ranks, low_rank = 0, []
+        for (*_, blocks), lora_A, lora_B in zip(part.updates, self.factors[::2], self.factors[1::2], strict=True):
+            for out, a, b, scaling in blocks:
+                sizes = out.start, out.stop - out.start, self.ranks + a.start, a.stop - a.start
+                A, B = lora_A.data_ptr() + 4 * inputs * a.start, lora_B.data_ptr() + 4 * (b.start or 0)
+                low_rank.append(_LowRank(*sizes, A, B, None, None, scaling))
+            self.ranks += len(lora_A)
+        self.arrays = (
+            (ctypes.c_void_p * len(rows))(*(weight.data_ptr() for weight in self.weights)),
+            (ctypes.c_int * len(rows))(*rows),
+            (_LowRank * len(low_rank))(*low_rank),
+        )
+        weights_at, rows_at, low_rank_at = [ctypes.addressof(array) for array in self.arrays]
+        bias_at = None if self.bias is None else self.bias.data_ptr()
+        keep_scale = 1 / max(1 - part.dropout_p, 1e-12)
         self.struct = _Projection(
-            part.weights[0].shape[1],
-            self.outputs,
-            self.ranks,
-            0 if blocks is None else len(blocks),
-            1 / max(1 - part.dropout_p, 1e-12),
-            *map(_address, self.held),
+            inputs, self.outputs, self.ranks, len(low_rank), keep_scale, weights_at, rows_at, bias_at, low_rank_at
         )
 
     def new_thin(self, x_TK: Tensor) -> Tensor | None:
         return empty_rows(x_TK, len(x_TK), -(-self.ranks // VECTOR) * VECTOR) if self.ranks else None
 
-    def new_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of A and B, in fp32."""
-        if self.part.factors is None:
-            return None, None
-        lora_A, lora_B = self.part.factors[:2]
-        return lora_A.new_empty(lora_A.shape, dtype=torch.float32), lora_B.new_zeros(lora_B.shape, dtype=torch.float32)
+    def new_gradients(self) -> list[Tensor]:
+        """Of A and B of each update, in fp32, where the kernel writes them next."""
+        gradients = [torch.zeros_like(factor) for factor in self.factors]
+        low_rank = iter(self.arrays[2])
+        for (*_, blocks), dA, dB in zip(self.part.updates, gradients[::2], gradients[1::2], strict=True):
+            for (_, a, b, _), block in zip(blocks, low_rank, strict=False):  # which goes on
+                block.dA = dA.data_ptr() + 4 * dA.shape[1] * a.start
+                block.dB = dB.data_ptr() + 4 * (b.start or 0)
+        return gradients
 
-    def as_trained(self, dA: Tensor | None, dB: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def as_trained(self, gradients: list[Tensor]) -> list[Tensor]:
         """In the dtypes of A and B."""
-        if dA is None or dB is None or self.part.factors is None:
-            return None, None
-        return dA.to(self.part.factors.lora_A.dtype), dB.to(self.part.factors.lora_B.dtype)
+        return [d.to(factor.dtype) for d, factor in zip(gradients, self.part.trained, strict=True)]
 
 
-def _address(held: Any) -> int | None:
-    if held is None:
+def _bias_of(part: Projection) -> Tensor | None:
+    """(N,) in fp32."""
+    if all(bias is None for bias in part.biases):
         return None
-    return held.data_ptr() if isinstance(held, Tensor) else ctypes.addressof(held)
+    pairs = zip(part.biases, part.weights, strict=True)
+    return torch.cat([w.new_zeros(len(w)) if bias is None else bias.detach() for bias, w in pairs]).float()

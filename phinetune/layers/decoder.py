@@ -24,6 +24,7 @@ from phinetune.kernels.linear import add_input_gradient_, input_gradient, linear
 from phinetune.kernels.norm import rms_norm, rms_norm_again, rms_norm_backward
 from phinetune.layers import blockwise
 from phinetune.lora.functional import (
+    Factors,
     Projection,
     add_low_rank_,
     add_low_rank_input_gradient_,
@@ -69,32 +70,36 @@ def _project(x_TK: Tensor, layers: Projection) -> tuple[Tensor, _Kept]:
         y_TN = x_TK.new_empty(x_TK.shape[0], layers.outputs[-1].stop)
         for weight, bias, columns in zip(layers.weights, layers.biases, layers.outputs, strict=True):
             linear(x_TK, weight, bias, out=y_TN[:, columns])
-    if layers.factors is None:
+    if (factors := layers.factors) is None:
         return y_TN, _Kept(None, None)
     keep_TK = draw_dropout(x_TK, layers.dropout_p)
-    return y_TN, _Kept(add_low_rank_(y_TN, x_TK, layers.factors, keep_TK, layers.dropout_p), keep_TK)
+    return y_TN, _Kept(add_low_rank_(y_TN, x_TK, factors, keep_TK, layers.dropout_p), keep_TK)
 
 
-def _input_gradient(dy_TN: Tensor, dthin_TR: Tensor | None, layers: Projection, kept: _Kept) -> Tensor:
+def _input_gradient(
+    dy_TN: Tensor, dthin_TR: Tensor | None, layers: Projection, factors: Factors | None, kept: _Kept
+) -> Tensor:
     dx_TK = input_gradient(dy_TN[:, layers.outputs[0]], layers.weights[0])
     for weight, columns in zip(layers.weights[1:], layers.outputs[1:], strict=True):
         add_input_gradient_(dx_TK, dy_TN[:, columns], weight)
-    if layers.factors is not None and dthin_TR is not None:
-        add_low_rank_input_gradient_(dx_TK, dthin_TR, layers.factors, kept.keep_TK, layers.dropout_p)
+    if factors is not None and dthin_TR is not None:
+        add_low_rank_input_gradient_(dx_TK, dthin_TR, factors, kept.keep_TK, layers.dropout_p)
     return dx_TK
 
 
-def _low_rank_gradients(dy_TN: Tensor, layers: Projection, kept: _Kept) -> tuple[Tensor | None, Tensor | None]:
+def _low_rank_gradients(dy_TN: Tensor, factors: Factors | None, kept: _Kept) -> tuple[Tensor | None, Tensor | None]:
     """(of the thin product, of B)."""
-    if layers.factors is None or kept.thin_TR is None:
+    if factors is None or kept.thin_TR is None:
         return None, None
-    return low_rank_backward(dy_TN, kept.thin_TR, layers.factors)
+    return low_rank_backward(dy_TN, kept.thin_TR, factors)
 
 
-def _gradient_of_A(x_TK: Tensor, dthin_TR: Tensor | None, layers: Projection, kept: _Kept) -> Tensor | None:
-    if layers.factors is None or dthin_TR is None:
+def _gradient_of_A(
+    x_TK: Tensor, dthin_TR: Tensor | None, layers: Projection, factors: Factors | None, kept: _Kept
+) -> Tensor | None:
+    if factors is None or dthin_TR is None:
         return None
-    return gradient_of_A(dthin_TR, x_TK, layers.factors, kept.keep_TK, layers.dropout_p)
+    return gradient_of_A(dthin_TR, x_TK, factors, kept.keep_TK, layers.dropout_p)
 
 
 class _NormLinears(torch.autograd.Function):
@@ -112,14 +117,14 @@ class _NormLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight_D, rstd_T1, *saved = ctx.saved_tensors
-        kept = _Kept(*saved[:2])
-        dthin_TR, dB = _low_rank_gradients(dy_TN, ctx.layers, kept)
-        dA = _gradient_of_A(rms_norm_again(x_TD, norm_weight_D, rstd_T1), dthin_TR, ctx.layers, kept)
+        kept, factors = _Kept(*saved[:2]), ctx.layers.factors
+        dthin_TR, dB = _low_rank_gradients(dy_TN, factors, kept)
+        dA = _gradient_of_A(rms_norm_again(x_TD, norm_weight_D, rstd_T1), dthin_TR, ctx.layers, factors, kept)
         dx_TD = None
         if ctx.needs_input_grad[2]:  # not below the first adapted layer
-            dnormed_TD = _input_gradient(dy_TN, dthin_TR, ctx.layers, kept)
+            dnormed_TD = _input_gradient(dy_TN, dthin_TR, ctx.layers, factors, kept)
             dx_TD = rms_norm_backward(dnormed_TD, x_TD, norm_weight_D, rstd_T1)
-        return None, None, dx_TD, None, dA, dB
+        return None, None, dx_TD, None, *ctx.layers.of_each(dA, dB)
 
 
 class _LinearAdd(torch.autograd.Function):
@@ -134,11 +139,11 @@ class _LinearAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, *saved = ctx.saved_tensors
-        kept = _Kept(*saved[:2])
-        dthin_TR, dB = _low_rank_gradients(dy_TN, ctx.layer, kept)
-        dA = _gradient_of_A(x_TK, dthin_TR, ctx.layer, kept)
-        dx_TK = _input_gradient(dy_TN, dthin_TR, ctx.layer, kept) if ctx.needs_input_grad[1] else None
-        return None, dx_TK, dy_TN, dA, dB
+        kept, factors = _Kept(*saved[:2]), ctx.layer.factors
+        dthin_TR, dB = _low_rank_gradients(dy_TN, factors, kept)
+        dA = _gradient_of_A(x_TK, dthin_TR, ctx.layer, factors, kept)
+        dx_TK = _input_gradient(dy_TN, dthin_TR, ctx.layer, factors, kept) if ctx.needs_input_grad[1] else None
+        return None, dx_TK, dy_TN, *ctx.layer.of_each(dA, dB)
 
 
 class _NormGatedMLP(torch.autograd.Function):
@@ -164,16 +169,17 @@ class _NormGatedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight_D, rstd_T1, gate_and_up, *saved = ctx.saved_tensors
         kept, kept_down = _Kept(*saved[:2]), _Kept(*saved[2:4])
-        dthin_TR, dB_down = _low_rank_gradients(dy_TD, ctx.down, kept_down)
-        dactivated_TF = _input_gradient(dy_TD, dthin_TR, ctx.down, kept_down)
+        factors, factors_down = ctx.gate_up.factors, ctx.down.factors
+        dthin_TR, dB_down = _low_rank_gradients(dy_TD, factors_down, kept_down)
+        dactivated_TF = _input_gradient(dy_TD, dthin_TR, ctx.down, factors_down, kept_down)
         dboth, activated_TF = silu_mul_backward(dactivated_TF, *gate_and_up.chunk(2, dim=-1))
-        dA_down = _gradient_of_A(activated_TF, dthin_TR, ctx.down, kept_down)
+        dA_down = _gradient_of_A(activated_TF, dthin_TR, ctx.down, factors_down, kept_down)
         del activated_TF, dactivated_TF
 
-        dthin_TR, dB = _low_rank_gradients(dboth, ctx.gate_up, kept)
-        dA = _gradient_of_A(rms_norm_again(x_TD, norm_weight_D, rstd_T1), dthin_TR, ctx.gate_up, kept)
+        dthin_TR, dB = _low_rank_gradients(dboth, factors, kept)
+        dA = _gradient_of_A(rms_norm_again(x_TD, norm_weight_D, rstd_T1), dthin_TR, ctx.gate_up, factors, kept)
         dx_TD = None
         if ctx.needs_input_grad[3]:
-            dnormed_TD = _input_gradient(dboth, dthin_TR, ctx.gate_up, kept)
+            dnormed_TD = _input_gradient(dboth, dthin_TR, ctx.gate_up, factors, kept)
             dx_TD = rms_norm_backward(dnormed_TD, x_TD, norm_weight_D, rstd_T1).add_(dy_TD)
-        return None, None, None, dx_TD, None, dA, dB, dA_down, dB_down
+        return None, None, None, dx_TD, None, *ctx.gate_up.of_each(dA, dB), *ctx.down.of_each(dA_down, dB_down)

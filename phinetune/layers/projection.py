@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phinetune.lora.functional import Block, Factors, Projection, stack
+from phinetune.lora.functional import Block, Factors, Projection
 from phinetune.lora.layer import be_called
 from phinetune.lora.linear import Linear, MergedLinear
 
@@ -33,7 +33,7 @@ def is_watched(module: nn.Module) -> bool:
 def projection_of(module: nn.Module, dtype: torch.dtype) -> Projection | None:
     """What a module does with an input of a dtype; None if it isn't a frozen product in it with LoRA updates."""
     if type(module) is nn.Linear:
-        projection: Projection | None = Projection((module.weight,), (module.bias,), None)
+        projection: Projection | None = Projection((module.weight,), (module.bias,))
     elif type(module) in (Linear, MergedLinear):
         projection = _of_ours(module)
     elif hasattr(module, "base_layer") and hasattr(module, "lora_variant"):
@@ -62,7 +62,7 @@ def _of_pefts(layer: Any) -> Projection | None:
     if type(base) is not nn.Linear or is_watched(base) or layer.merged or layer.lora_variant:
         return None
     names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
-    terms, dropouts = [], set()
+    updates, dropouts = [], set()
     for name in names:
         lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         is_plain = type(lora_A) is type(lora_B) is nn.Linear and lora_B.bias is None
@@ -72,8 +72,8 @@ def _of_pefts(layer: Any) -> Projection | None:
             return None
         r = lora_A.weight.shape[0]
         block = Block(slice(0, base.out_features), slice(0, r), slice(0, lora_B.weight.numel()), layer.scaling[name])
-        terms.append((Factors(lora_A.weight, lora_B.weight, (block,)), 1.0))
+        updates.append(Factors(lora_A.weight, lora_B.weight, (block,)))
         dropouts.add(dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0)
     if len(dropouts) > 1:
         return None
-    return Projection((base.weight,), (base.bias,), stack(terms) if terms else None, max(dropouts, default=0.0))
+    return Projection((base.weight,), (base.bias,), tuple(updates), max(dropouts, default=0.0))

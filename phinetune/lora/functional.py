@@ -63,7 +63,8 @@ class Projection(NamedTuple):
     weights: tuple[Tensor, ...]
     """The frozen weights, (Nᵢ, K)."""
     biases: tuple[Tensor | None, ...]
-    factors: Factors | None
+    updates: tuple[Factors, ...] = ()
+    """Their outputs are counted over all layers, their rows of A and elements of B each for itself."""
     dropout_p: float = 0.0
 
     @property
@@ -73,44 +74,54 @@ class Projection(NamedTuple):
         return [slice(end - weight.shape[0], end) for end, weight in zip(ends, self.weights, strict=True)]
 
     @property
-    def trained(self) -> tuple[Tensor | None, Tensor | None]:
-        """A and B, as an autograd function is given them."""
-        return (None, None) if self.factors is None else (self.factors.lora_A, self.factors.lora_B)
+    def trained(self) -> tuple[Tensor, ...]:
+        """A and B of each update, as an autograd function is given them."""
+        return tuple(factor for update in self.updates for factor in (update.lora_A, update.lora_B))
+
+    @property
+    def factors(self) -> Factors | None:
+        """The updates as one."""
+        return stack([(update, 1.0) for update in self.updates]) if self.updates else None
+
+    def of_each(self, dA: Tensor | None, dB: Tensor | None) -> list[Tensor | None]:
+        """Gradients of `factors` as those of `trained`."""
+        if dA is None or dB is None:
+            return [None] * len(self.trained)
+        dAs = dA.split([len(update.lora_A) for update in self.updates])
+        dBs = dB.flatten().split([update.lora_B.numel() for update in self.updates])
+        pairs = zip(dAs, dBs, self.updates, strict=True)
+        return [d for dA, dB, (A, B, _) in pairs for d in (dA.to(A.dtype), dB.view(B.shape).to(B.dtype))]
 
 
 def stack(terms: Iterable[tuple[Factors, float]]) -> Factors:
     """Σ weight · update as one update: the As and Bs one behind the other. A single one costs no copy."""
-    return _stack([(factors, 0, weight) for factors, weight in terms])
+    terms = list(terms)
+    if len(terms) == 1 and terms[0][1] == 1:
+        return terms[0][0]
+    blocks: list[Block] = []
+    a = b = 0
+    for (lora_A, lora_B, own), weight in terms:
+        blocks += [block.shifted(0, a, b, weight) for block in own]
+        a, b = a + lora_A.shape[0], b + lora_B.numel()
+    lora_As, lora_Bs = [f.lora_A for f, _ in terms], [f.lora_B.flatten() for f, _ in terms]
+    return Factors(torch.cat(lora_As), torch.cat(lora_Bs), tuple(blocks))
 
 
 def side_by_side(projections: Sequence[Projection]) -> Projection:
     """Several layers as one; they share the dropout mask of the one that drops most."""
     if len(projections) == 1:
         return projections[0]
-    terms, out = [], 0
+    updates, out = [], 0
     for projection in projections:
-        if projection.factors is not None:
-            terms.append((projection.factors, out, 1.0))
+        for lora_A, lora_B, blocks in projection.updates:
+            updates.append(Factors(lora_A, lora_B, tuple(block.shifted(out, 0, 0, 1.0) for block in blocks)))
         out += sum(weight.shape[0] for weight in projection.weights)
     return Projection(
         tuple(weight for projection in projections for weight in projection.weights),
         tuple(bias for projection in projections for bias in projection.biases),
-        _stack(terms) if terms else None,
+        tuple(updates),
         max(projection.dropout_p for projection in projections),
     )
-
-
-def _stack(terms: Sequence[tuple[Factors, int, float]]) -> Factors:
-    """Updates, each moved to the output where it begins and weighted."""
-    if len(terms) == 1 and terms[0][1:] == (0, 1):
-        return terms[0][0]
-    blocks: list[Block] = []
-    a = b = 0
-    for (lora_A, lora_B, own), out, weight in terms:
-        blocks += [block.shifted(out, a, b, weight) for block in own]
-        a, b = a + lora_A.shape[0], b + lora_B.numel()
-    lora_As, lora_Bs = [f.lora_A for f, *_ in terms], [f.lora_B.flatten() for f, *_ in terms]
-    return Factors(torch.cat(lora_As), torch.cat(lora_Bs), tuple(blocks))
 
 
 def lora_linear(

@@ -165,16 +165,15 @@ class Linear(LoRALayer, nn.Linear):
         """In one autograd function; several adapters share the dropout mask of the one that drops most."""
         if any(self.adapters[name].use_dora for name in self.active_adapters):
             return super()._adapted(input)
-        (weight,), (bias,), factors, dropout_p = self.projection()
-        assert factors is not None
+        (weight,), (bias,), (factors,), dropout_p = self.projection()
         return lora_linear(input, weight, bias, factors, dropout_p)
 
     def projection(self) -> Projection:
         """What the layer computes, as its weights and factors; DoRA, which isn't a sum of products, has none."""
         active = self.active_adapters if self.lora_enabled else NO_ADAPTERS
-        factors = stack([(self.factors(name), weight) for name, weight in active.items()]) if active else None
+        updates = (stack([(self.factors(name), weight) for name, weight in active.items()]),) if active else ()
         return Projection(
-            (self._base_weight,), (self._cast_bias(),), factors, max([0.0, *map(self._dropout_p, active)])
+            (self._base_weight,), (self._cast_bias(),), updates, max([0.0, *map(self._dropout_p, active)])
         )
 
     def _update(self, input: Tensor, adapter_name: str) -> Tensor:

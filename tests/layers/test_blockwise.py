@@ -21,13 +21,13 @@ SCALING = 1.7
 
 def linear_of(inputs, outputs, rank, bias=False, dropout=0.0):
     """A layer of bfloat16 with a LoRA update of a rank, or none."""
-    factors = None
+    updates = ()
     if rank:
         lora_A, lora_B = (0.1 * torch.randn(rank, inputs)), (0.1 * torch.randn(outputs, rank))
         blocks = (Block(slice(0, outputs), slice(0, rank), slice(0, outputs * rank), SCALING),)
-        factors = Factors(lora_A.requires_grad_(), lora_B.requires_grad_(), blocks)
+        updates = (Factors(lora_A.requires_grad_(), lora_B.requires_grad_(), blocks),)
     weight = (torch.randn(outputs, inputs) * inputs**-0.5).bfloat16()
-    return Projection((weight,), (torch.randn(outputs).bfloat16() if bias else None,), factors, dropout)
+    return Projection((weight,), (torch.randn(outputs).bfloat16() if bias else None,), updates, dropout)
 
 
 class Exact:
@@ -99,12 +99,8 @@ def test_layers_by_several_threads(threads):
 def test_a_callers_default_dtype_is_nothing_to_kernels(default_dtype):
     torch.manual_seed(0)
     layer = linear_of(80, 64, 16)
-    given = layer._replace(
-        factors=layer.factors._replace(
-            lora_A=layer.factors.lora_A.detach().float().requires_grad_(),
-            lora_B=layer.factors.lora_B.detach().float().requires_grad_(),
-        )
-    )
+    lora_A, lora_B = (factor.detach().float().requires_grad_() for factor in layer.trained)
+    given = layer._replace(updates=(layer.factors._replace(lora_A=lora_A, lora_B=lora_B),))
     (x, x64), (residual, residual64) = inputs(400, 80), inputs(400, 64)
     y = decoder.linear_add(x, residual, given)
     exact = Exact(given)
@@ -147,7 +143,7 @@ def test_blocks_of_a_fused_layer_and_several_adapters():
         Block(slice(0, 16), slice(0, 4), slice(80, 144), 2.0),
         Block(slice(32, 64), slice(9, 11), slice(144, 208), 1.0),
     )
-    layer = Projection(((torch.randn(80, 64) * 0.1).bfloat16(),), (None,), Factors(lora_A, lora_B, blocks))
+    layer = Projection(((torch.randn(80, 64) * 0.1).bfloat16(),), (None,), (Factors(lora_A, lora_B, blocks),))
     x, x64 = inputs(50, 64)
     residual = torch.zeros(50, 80).bfloat16()
     assert blockwise.serves(x, layer)
@@ -221,7 +217,7 @@ def test_what_it_is_not_for():
     assert not blockwise.serves(x, layer._replace(weights=(layer.weights[0].float(),)))
     assert not blockwise.serves(x, layer._replace(weights=(layer.weights[0].T.contiguous().T,)))
     across = Block(slice(8, 24), slice(0, 4), slice(0, 64), 1.0)  # over two groups of columns, in parts
-    assert not blockwise.serves(x, layer._replace(factors=layer.factors._replace(blocks=(across,))))
+    assert not blockwise.serves(x, layer._replace(updates=(layer.factors._replace(blocks=(across,)),)))
 
 
 REFUSED = """
@@ -233,7 +229,7 @@ from phinetune.lora.functional import Projection, side_by_side
 
 def layers(width, inner):
     sizes = (inner, width), (inner, width), (width, inner)
-    gate, up, down = (Projection(((torch.randn(n, k) / 99).bfloat16(),), (None,), None, 0.0) for n, k in sizes)
+    gate, up, down = (Projection(((torch.randn(n, k) / 99).bfloat16(),), (None,)) for n, k in sizes)
     x, weight = torch.randn(8, width).bfloat16(), torch.ones(width).bfloat16()
     assert blockwise.serves(x, side_by_side([gate, up]), down)
     return lambda: decoder.norm_gated_mlp(x, weight, 1e-5, side_by_side([gate, up]), down)

@@ -103,9 +103,9 @@ void linears_forward(const Projection* p_, int tokens, int threads, const bf16* 
     }
 }
 
-// Gradients of x (null where not needed), A and B. rstd null where there is no norm.
+// Gradients of x (null where not needed) and of the As and Bs. rstd null where there is no norm.
 void linears_backward(const Projection* p_, int tokens, int threads, const bf16* dy, const bf16* x,
-                      const bf16* norm_weight, float* rstd, const bf16* thin, bf16* dx, float* dA, float* dB) {
+                      const bf16* norm_weight, float* rstd, const bf16* thin, bf16* dx) {
     const Projection& p = *p_;
     const Blocks blocks(tokens, threads);
     Backward laid(p);
@@ -136,18 +136,21 @@ void linears_backward(const Projection* p_, int tokens, int threads, const bf16*
                     long x_row;
                     const element* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
                     if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
-                    own.add(p, laid, token, rows, out.data, row, read, x_row, thin, sums.data, thin_terms.data,
-                            working.data, thin_rows.data);
+                    make_dthin(p, laid, rows, out.data, row, sums.data);
+                    own.add(p, token, rows, out.data, row, read, x_row, thin, thin_terms.data, working.data,
+                            thin_rows.data);
                 }
                 if (!dx) continue;
-                input_gradient(p, laid, token, rows, out.data, row, dx_sums.data);
+                input_gradient(
+                    p, laid, token, rows, out.data, row, [&](int k) { return dx_sums.data + k; }, p.inputs,
+                    [](int, int) {});
                 bf16* to = dx + (long)token * p.inputs;
                 if (norm_weight)
                     norm_backward(dx_sums.data, from, norm_weight, rstd + token, nullptr, p.inputs, rows, to);
                 else
                     for (long k = 0; k < (long)rows * p.inputs; k += 16) store(to + k, load(dx_sums.data + k));
             }
-            finish(p, all, dA, dB);
+            finish(p, all);
         }
     }
 }
@@ -207,7 +210,7 @@ void mlp_forward(const Projection* gate_up_, const Projection* down_, int tokens
 
 void mlp_backward(const Projection* gate_up_, const Projection* down_, int tokens, int threads, const bf16* dy,
                   const bf16* x, const bf16* norm_weight, float* rstd, const bf16* gate_up_kept, const bf16* thin,
-                  const bf16* thin_down, bf16* dx, float* dA, float* dB, float* dA_down, float* dB_down) {
+                  const bf16* thin_down, bf16* dx) {
     const Projection &p = *gate_up_, &q = *down_;
     const Blocks blocks(tokens, threads);
     Backward laid(p), laid_down(q);
@@ -219,8 +222,7 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
         Scratch<element> out(most * down_row), both(most * row), act((size_t)most * width), in((size_t)most * p.inputs);
         Scratch<element> thin_rows((size_t)most * padded),
             copy((size_t)most * std::max(p.keep ? p.inputs : 0, q.keep ? width : 0));
-        Scratch<float> sums((size_t)blocks.size * COLUMNS), dact((size_t)blocks.size * width),
-            dx_sums((size_t)blocks.size * p.inputs);
+        Scratch<float> sums((size_t)blocks.size * COLUMNS), dx_sums((size_t)blocks.size * p.inputs);
         Scratch<term> thin_terms((size_t)most / ELEMENTS * padded + padded),
             working((size_t)(most + 1) / ELEMENTS * COLUMNS);
         FactorSums own(p), own_down(q);
@@ -236,32 +238,33 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
                 const int token = blocks.begin(block), rows = blocks.rows(block);
                 const bf16 *from = x + (long)token * p.inputs, *from_dy = dy + (long)token * q.outputs;
                 copy_rows(from_dy, rows, q.outputs, out.data, down_row);
-                for (int i = 0; i < rows; i++)  // what `down` read
-                    for (int n = 0; n < width; n += 16) {
-                        const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
-                        const Floats gate = load(at);
-                        const Floats silu = gate * sigmoid(gate);
-                        store(act.data + (long)i * width + n, through_bf16(silu) * load(at + width));
-                    }
+                if (q.ranks) make_dthin(q, laid_down, rows, out.data, down_row, sums.data);
+                const auto through_activation = [&](int k, int vectors) {  // and what `down` read
+                    for (int i = 0; i < rows; i++)
+                        for (int v = 0; v < vectors; v++) {
+                            const int n = k + 16 * v;
+                            const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
+                            const Floats gate = load(at), up = load(at + width),
+                                         d = load(sums.data + i * COLUMNS + 16 * v);
+                            const Floats share = sigmoid(gate), silu = gate * share;
+                            const Floats slope = fma(silu, spread(1) - share, share);
+                            element* to = both.data + i * row + n;
+                            store(act.data + (long)i * width + n, through_bf16(silu) * up);
+                            store(to, d * up * slope);
+                            store(to + width, d * silu);
+                        }
+                };
+                input_gradient(
+                    q, laid_down, token, rows, out.data, down_row, [&](int) { return sums.data; }, COLUMNS,
+                    through_activation);
                 std::memset(act.data + (long)rows * width, 0, sizeof(element) * width);
                 if (q.ranks) {
                     long x_row;
                     const element* read = dropped(q, token, rows, act.data, width, copy.data, &x_row);
                     if (q.keep) std::memset(copy.data + (long)rows * width, 0, sizeof(element) * width);
-                    own_down.add(q, laid_down, token, rows, out.data, down_row, read, x_row, thin_down, sums.data,
-                                 thin_terms.data, working.data, thin_rows.data);
+                    own_down.add(q, token, rows, out.data, down_row, read, x_row, thin_down, thin_terms.data,
+                                 working.data, thin_rows.data);
                 }
-                input_gradient(q, laid_down, token, rows, out.data, down_row, dact.data);
-                for (int i = 0; i < rows; i++)
-                    for (int n = 0; n < width; n += 16) {
-                        const bf16* at = gate_up_kept + (long)(token + i) * 2 * width + n;
-                        const Floats gate = load(at), up = load(at + width), d = load(dact.data + (long)i * width + n);
-                        const Floats share = sigmoid(gate), silu = gate * share;
-                        const Floats slope = fma(silu, spread(1) - share, share);
-                        element* to = both.data + i * row + n;
-                        store(to, d * up * slope);
-                        store(to + width, d * silu);
-                    }
                 std::memset(both.data + rows * row, 0, sizeof(element) * p.outputs);
                 if (p.ranks) {
                     norm(from, norm_weight, 0, p.inputs, rows, rstd + token, true, in.data, p.inputs);
@@ -269,16 +272,19 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
                     long x_row;
                     const element* read = dropped(p, token, rows, in.data, p.inputs, copy.data, &x_row);
                     if (p.keep) std::memset(copy.data + (long)rows * p.inputs, 0, sizeof(element) * p.inputs);
-                    own.add(p, laid, token, rows, both.data, row, read, x_row, thin, sums.data, thin_terms.data,
-                            working.data, thin_rows.data);
+                    make_dthin(p, laid, rows, both.data, row, sums.data);
+                    own.add(p, token, rows, both.data, row, read, x_row, thin, thin_terms.data, working.data,
+                            thin_rows.data);
                 }
                 if (!dx) continue;
-                input_gradient(p, laid, token, rows, both.data, row, dx_sums.data);
+                input_gradient(
+                    p, laid, token, rows, both.data, row, [&](int k) { return dx_sums.data + k; }, p.inputs,
+                    [](int, int) {});
                 norm_backward(dx_sums.data, from, norm_weight, rstd + token, from_dy, p.inputs, rows,
                               dx + (long)token * p.inputs);
             }
-            finish(p, all, dA, dB);
-            finish(q, all_down, dA_down, dB_down);
+            finish(p, all);
+            finish(q, all_down);
         }
     }
 }

@@ -19,9 +19,10 @@ namespace {
 
 constexpr int COLUMNS = 64;  // of a tile
 
-struct LowRank {  // columns of y, rows of A, where B's elements begin
+struct LowRank {  // columns of y, rows of all As
     int out, columns, a, rank;
-    long b;
+    const float *A, *B;  // (rank, K) and (columns, rank)
+    float *dA, *dB;
     float scaling;
 };
 
@@ -31,7 +32,6 @@ struct Projection {
     const bf16* const* weights;
     const int* rows;  // of each weight
     const float* bias;
-    const float *lora_A, *lora_B;
     const LowRank* blocks;
     const uint8_t* keep;  // dropout before A, (T, K), or null
 
@@ -40,6 +40,12 @@ struct Projection {
         int w = 0;
         while (n >= rows[w]) n -= rows[w++];
         return weights[w] + (long)n * inputs;
+    }
+    const float* row_of_A(int r) const {  // null behind the last
+        for (int i = 0; i < block_count; i++)
+            if (r >= blocks[i].a && r < blocks[i].a + blocks[i].rank)
+                return blocks[i].A + (long)(r - blocks[i].a) * inputs;
+        return nullptr;
     }
 };
 
@@ -108,7 +114,7 @@ struct Forward {
                 const int low = block.a / ELEMENTS, high = (block.a + block.rank + ELEMENTS - 1) / ELEMENTS;
                 weights.ranges[g].include(p.inputs / ELEMENTS + low, p.inputs / ELEMENTS + high);
                 for (int n = 0; n < 16; n++) {
-                    const float* b = p.lora_B + block.b + (long)(g * 16 + n - block.out) * block.rank;
+                    const float* b = block.B + (long)(g * 16 + n - block.out) * block.rank;
                     for (int r = 0; r < block.rank; r += 16) {
                         element some[16];
                         store(some, load(b + r, first(block.rank - r)) * spread(block.scaling));
@@ -121,10 +127,10 @@ struct Forward {
 #pragma omp for schedule(static)
         for (int g = 0; g < padded / 16; g++) {
             element* rows = rows_of_A.data + (long)g * 16 * p.inputs;
-            for (int i = 0; i < 16; i++)
-                for (int k = 0; k < p.inputs; k += 16)
-                    store(rows + (long)i * p.inputs + k,
-                          g * 16 + i < p.ranks ? load(p.lora_A + (long)(g * 16 + i) * p.inputs + k) : zeros());
+            for (int i = 0; i < 16; i++) {
+                const float* a = p.row_of_A(g * 16 + i);
+                for (int k = 0; k < p.inputs; k += 16) store(rows + (long)i * p.inputs + k, a ? load(a + k) : zeros());
+            }
             lay_across(rows, p.inputs, p.inputs, lora_A.group(g));
         }
     }
@@ -147,11 +153,9 @@ struct Backward {
                 const bf16* row = p.row(n);
                 for (int k = 0; k < p.inputs; k += 16) lay_two(row + k, row + p.inputs + k, to + k / 16 * group, 16);
             } else {
-                const int r = n - p.outputs;
-                const float* a = p.lora_A + (long)r * p.inputs;
+                const float *one = p.row_of_A(n - p.outputs), *other = p.row_of_A(n + 1 - p.outputs);
                 for (int k = 0; k < p.inputs; k += 16)
-                    lay_two(r < p.ranks ? load(a + k) : zeros(), r + 1 < p.ranks ? load(a + p.inputs + k) : zeros(),
-                            to + k / 16 * group, 16);
+                    lay_two(one ? load(one + k) : zeros(), other ? load(other + k) : zeros(), to + k / 16 * group, 16);
             }
         }
 #pragma omp for schedule(static)
@@ -166,7 +170,7 @@ struct Backward {
                 const Mask which = lanes(from - g * 16, until - g * 16);
                 const Floats scaling = spread(block.scaling);
                 for (int n = 0; n < block.columns; n += 2) {
-                    const float* b = p.lora_B + block.b + (long)n * block.rank + g * 16 - block.a;
+                    const float* b = block.B + (long)n * block.rank + g * 16 - block.a;
                     lay_two(scaling * load(b, which), scaling * load(b + block.rank, which),
                             to + (long)(block.out + n) / ELEMENTS * 16, 16, which);
                 }
@@ -236,6 +240,15 @@ void make_thin(const Projection& p, const Forward& laid, int token, int rows, el
     });
 }
 
+// dthin = s·dy B, behind dy in its rows.
+void make_dthin(const Projection& p, const Backward& laid, int rows, element* dy, long dy_row, float* sums) {
+    for_columns(rows, dy, dy_row, laid.lora_B, 0, p.padded() / 16, sums, [&](int n, int vectors) {
+        for (int i = 0; i < rows; i++)
+            for (int v = 0; v < vectors; v++)
+                store(dy + i * dy_row + p.outputs + n + 16 * v, load(sums + i * COLUMNS + 16 * v));
+    });
+}
+
 // Gradients of A and B of one thread, in fp32.
 struct FactorSums {
     Scratch<float> A, B;
@@ -259,16 +272,11 @@ struct FactorSums {
         std::fill_n(B.data, b_size, 0.0f);
     }
 
-    // dthin behind dy in its rows, then this block's share of both gradients. `x`: what A reads. Rows behind the last
-    // one, up to an even number, must be zero in x and dy and are made so in thin.
-    void add(const Projection& p, const Backward& laid, int token, int rows, element* dy, long dy_row, const element* x,
-             long x_row, const bf16* thin, float* sums, term* thin_terms, term* working, element* thin_rows) {
+    // A block's share of both gradients. `x`: what A reads. Rows behind the last one, up to an even number, must be
+    // zero in x and dy and are made so in thin.
+    void add(const Projection& p, int token, int rows, element* dy, long dy_row, const element* x, long x_row,
+             const bf16* thin, term* thin_terms, term* working, element* thin_rows) {
         const int padded = p.padded(), even = (rows + 1) / 2 * 2;
-        for_columns(rows, dy, dy_row, laid.lora_B, 0, padded / 16, sums, [&](int n, int vectors) {
-            for (int i = 0; i < rows; i++)
-                for (int v = 0; v < vectors; v++)
-                    store(dy + i * dy_row + p.outputs + n + 16 * v, load(sums + i * COLUMNS + 16 * v));
-        });
         if (even > rows) std::memset(dy + rows * dy_row + p.outputs, 0, sizeof(element) * padded);
         lay_along(dy + p.outputs, dy_row, even, padded, thin_terms);
         add_gradient(even, thin_terms, padded, p.ranks, x, x_row, p.inputs, A.data, working);
@@ -284,32 +292,36 @@ struct FactorSums {
     }
 };
 
-// Sums over threads, in their order.
-void finish(const Projection& p, const std::vector<FactorSums*>& sums, float* dA, float* dB) {
-    const long a_size = (long)p.ranks * p.inputs;
-#pragma omp for schedule(static)
-    for (long k = 0; k < a_size; k += 16) {
-        Floats sum = zeros();
-        for (FactorSums* one : sums)
-            if (one) sum = sum + load(one->A.data + k);  // there may be fewer threads than asked for
-        store(dA + k, sum);
-    }
+// Sums over threads, in their order, once all are there; none of them ends before.
+void finish(const Projection& p, const std::vector<FactorSums*>& sums) {
+#pragma omp barrier
     for (int i = 0; i < p.block_count; i++) {
         const LowRank& block = p.blocks[i];
-#pragma omp for schedule(static)
+        const long first = (long)block.a * p.inputs;
+#pragma omp for schedule(static) nowait
+        for (long k = 0; k < (long)block.rank * p.inputs; k += 16) {
+            Floats sum = zeros();
+            for (FactorSums* one : sums)
+                if (one) sum = sum + load(one->A.data + first + k);  // there may be fewer threads than asked for
+            store(block.dA + k, sum);
+        }
+#pragma omp for schedule(static) nowait
         for (int n = 0; n < block.columns; n++)
             for (int r = 0; r < block.rank; r++) {
                 float sum = 0;
                 for (FactorSums* one : sums)
                     if (one) sum += one->B.data[one->b_at[i] + (long)r * block.columns + n];
-                dB[block.b + (long)n * block.rank + r] = sum * block.scaling;
+                block.dB[(long)n * block.rank + r] = sum * block.scaling;
             }
     }
+#pragma omp barrier
 }
 
-// dy W + dthin A of a block of rows into `to` (rows, K), fp32.
+// dy W + dthin A of a block of rows, in fp32: for each tile of at most COLUMNS columns into rows at `to(column)`,
+// `to_row` apart, then done(column, vectors).
+template <class To, class Done>
 void input_gradient(const Projection& p, const Backward& laid, int token, int rows, const element* dy, long dy_row,
-                    float* to) {
+                    To to, long to_row, Done done) {
     const int vectors = p.inputs / 16, main = p.outputs / ELEMENTS, behind = main + p.padded() / ELEMENTS;
     const auto product = [&](Terms terms, int g, int count, float* at, long row) {
         multiply<false>(rows, count, terms, (const term*)dy, dy_row / ELEMENTS, 1, laid.weights.group(g), 16,
@@ -318,15 +330,17 @@ void input_gradient(const Projection& p, const Backward& laid, int token, int ro
     alignas(64) float through_A[MOST_ROWS * COLUMNS];
     for (int g = 0; g < vectors; g += COLUMNS / 16) {
         const int count = std::min(COLUMNS / 16, vectors - g);
-        product(p.keep ? main : behind, g, count, to + g * 16, p.inputs);
-        if (!p.keep || !p.ranks) continue;
-        product(Terms(0, main, behind), g, count, through_A, COLUMNS);
-        for (int i = 0; i < rows; i++)
-            for (int v = 0; v < count; v++) {
-                float* at = to + (long)i * p.inputs + (g + v) * 16;
-                const Floats of_A = kept(load(through_A + i * COLUMNS + 16 * v), p, token + i, (g + v) * 16);
-                store(at, load(at) + of_A);
-            }
+        product(p.keep ? main : behind, g, count, to(g * 16), to_row);
+        if (p.keep && p.ranks) {
+            product(Terms(0, main, behind), g, count, through_A, COLUMNS);
+            for (int i = 0; i < rows; i++)
+                for (int v = 0; v < count; v++) {
+                    float* at = to(g * 16) + i * to_row + v * 16;
+                    const Floats of_A = kept(load(through_A + i * COLUMNS + 16 * v), p, token + i, (g + v) * 16);
+                    store(at, load(at) + of_A);
+                }
+        }
+        done(g * 16, count);
     }
 }
 
