@@ -22,6 +22,7 @@ from phinetune.kernels.linear import input_gradient, linear
 
 PANEL = 64  # words that the C++ head computes at a time
 CHUNK_BYTES = 48 << 20  # of logits: large enough for the product to run at full rate
+CHUNK_TOKENS = 288  # of the C++ head, which lays the weight out for each chunk, as long as products of 20 tokens take
 
 
 def linear_cross_entropy_sum(
@@ -88,8 +89,10 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(log p of the targets, how often each counts) of as many tokens at a time as have room; gradients are written."""
     tokens, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
-    most = max(1, CHUNK_BYTES // (hidden_ND.element_size() * vocabulary))
-    chunk_of = _native_chunk if _is_native(hidden_ND, weight_VD) else _chunk
+    if _is_native(hidden_ND, weight_VD):
+        chunk_of, most = _native_chunk, CHUNK_TOKENS
+    else:
+        chunk_of, most = _chunk, max(1, CHUNK_BYTES // (hidden_ND.element_size() * vocabulary))
     logits = _workspace(most * (vocabulary + PANEL), hidden_ND)
     for start in range(0, tokens, most):
         rows = slice(start, min(start + most, tokens))

@@ -55,6 +55,18 @@ def norm_gated_mlp(x_TD: Tensor, norm_weight_D: Tensor, eps: float, gate_up: Pro
     return cast(Tensor, _NormGatedMLP.apply(gate_up, down, eps, x_TD, norm_weight_D, *trained))
 
 
+def serves_norm(x: Tensor, weight_D: Tensor) -> bool:
+    """Whether the kernel computes the RMSNorm of x (..., D) for a gradient of x alone."""
+    learns = torch.is_grad_enabled() and x.requires_grad and not weight_D.requires_grad
+    plain = all(native.is_plain(t, torch.bfloat16) and t.is_contiguous() for t in (x, weight_D))
+    return learns and plain and len(weight_D) % VECTOR == 0 and holds(0)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """w · x / √(mean(x²) + eps), of x's shape (..., D); it keeps x and a number a token."""
+    return cast(Tensor, _RMSNorm.apply(x, weight_D, eps))
+
+
 def _is_laid_out(part: Projection) -> bool:
     for weight in part.weights:
         plain = native.is_plain(weight, torch.bfloat16) and weight.is_contiguous()
@@ -135,6 +147,25 @@ class _NormGatedMLP(torch.autograd.Function):
         _call("mlp_backward", parts, keeps, *kept, dx_TD)
         of_both = [d for part, own in zip(parts, gradients, strict=True) for d in part.as_trained(own)]
         return None, None, None, dx_TD, None, *of_both
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        tokens, width = x.numel() // x.shape[-1], x.shape[-1]
+        y, rstd_T = torch.empty_like(x), x.new_empty(tokens, dtype=torch.float32)
+        sizes = tokens, torch.get_num_threads(), width
+        native.call("decoder", "rms_norm_forward", *sizes, x, weight_D, ctypes.c_float(eps), y, rstd_T)
+        ctx.save_for_backward(x, weight_D, rstd_T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, rstd_T = ctx.saved_tensors
+        dx, sizes = torch.empty_like(x), (len(rstd_T), torch.get_num_threads(), x.shape[-1])
+        native.call("decoder", "rms_norm_backward", *sizes, dy.contiguous(), x, weight_D, rstd_T, dx)
+        return dx, None, None
 
 
 def _draw(x_TK: Tensor, layers: Projection, width: int | None = None) -> Tensor | None:

@@ -25,6 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 
 from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
+from phinetune.layers import blockwise
 from phinetune.layers.decoder import linear_add, norm_gated_mlp, norm_linears
 from phinetune.layers.in_place import InPlace
 from phinetune.layers.projection import computing_dtype, is_watched, projection_of
@@ -162,17 +163,53 @@ class FastQwen2DecoderLayer(FastLayer, Qwen2DecoderLayer):
     pass
 
 
+class FastNorm(InPlace):
+    """The norm behind the last layer where it learns: in plain torch it is a dozen passes, half of them in fp32."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if blockwise.serves_norm(hidden_states, self.weight):
+            return blockwise.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        output: Tensor = super().forward(hidden_states)
+        return output
+
+
+class FastLlamaRMSNorm(FastNorm, LlamaRMSNorm):
+    pass
+
+
+class FastMistralRMSNorm(FastNorm, MistralRMSNorm):
+    pass
+
+
+class FastPhi3RMSNorm(FastNorm, Phi3RMSNorm):
+    pass
+
+
+class FastQwen2RMSNorm(FastNorm, Qwen2RMSNorm):
+    pass
+
+
 FAST_LAYERS = {base: cls for base, cls in InPlace.made.items() if issubclass(cls, FastLayer)}
+FAST_NORMS = {base: cls for base, cls in InPlace.made.items() if issubclass(cls, FastNorm)}
 
 
 def install(model: nn.Module) -> int:
-    """Makes fast layers of those that have such a class, wherever they are in a model; returns how many."""
-    return _change(model, FAST_LAYERS)
+    """Makes fast layers of those that have such a class, wherever they are in a model, and fast norms of those that
+    stand beside them; returns how many layers."""
+    changed = _change(model, FAST_LAYERS)
+    for module in model.modules():
+        if any(isinstance(layer, FastLayer) for layers in module.children() for layer in layers.children()):
+            for norm in module.children():
+                norm.__class__ = FAST_NORMS.get(type(norm), type(norm))
+    return changed
 
 
 def uninstall(model: nn.Module) -> None:
     """transformers' own layers again."""
-    _change(model, {fast: base for base, fast in FAST_LAYERS.items()})
+    _change(model, {fast: base for base, fast in (FAST_LAYERS | FAST_NORMS).items()})
 
 
 def _change(model: nn.Module, to: Mapping[type[nn.Module], Any]) -> int:

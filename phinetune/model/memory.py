@@ -19,12 +19,14 @@ from phinetune import lora
 from phinetune.kernels import flash, native
 from phinetune.kernels.attention import KEPT_KEYS
 from phinetune.kernels.flash import VECTOR
-from phinetune.kernels.loss import CHUNK_BYTES
+from phinetune.kernels.loss import CHUNK_BYTES, CHUNK_TOKENS
 from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.layers import blockwise
 
-SCATTERED = 1.3  # freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md)
+# Freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md): where activations leave
+# theirs to the next batch's (kernels/pieces.py), and elsewhere.
+SCATTERED, SCATTERED_IN_PLAIN_TORCH = 1.15, 1.3
 
 
 class Batch(NamedTuple):
@@ -104,7 +106,9 @@ def _trained_with(model: Any) -> int:
 
 
 def _scattered(model: Any, size: int) -> int:
-    return int(size * (SCATTERED if model.device.type == "cpu" else 1.0))
+    if model.device.type != "cpu":
+        return size
+    return int(size * (SCATTERED if _is_blockwise(model) else SCATTERED_IN_PLAIN_TORCH))
 
 
 def _worked_with(model: Any, batch: Batch) -> int:
@@ -130,9 +134,12 @@ def _worked_with(model: Any, batch: Batch) -> int:
         mlp = 2 * hidden * element * batch.tokens + 3 * hidden * intermediate * native.element_bytes()  # laid out
     else:
         mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2 * on_cpu) * element
-    table = int(config.vocab_size) * hidden * element * on_cpu  # oneDNN multiplies by a copy of the weight
-    head = 2 * CHUNK_BYTES + table + 5 * hidden * element * batch.tokens
-    return max(attention, mlp, head)
+    vocabulary = int(config.vocab_size)
+    if on_cpu and model.dtype is torch.bfloat16 and hidden % VECTOR == 0 and native.library("loss") is not None:
+        logits = CHUNK_TOKENS * (vocabulary * element + hidden * 4 * torch.get_num_threads())
+    else:
+        logits = 2 * CHUNK_BYTES + vocabulary * hidden * element * on_cpu  # oneDNN multiplies by a copy of the weight
+    return max(attention, mlp, logits + 5 * hidden * element * batch.tokens)
 
 
 def layers_to_recompute(model: Any, batch: Batch, free: float) -> int:

@@ -146,9 +146,7 @@ def test_the_loss_head(monkeypatch, tokens, vocabulary):
 
 
 def check_loss_head(monkeypatch, tokens, vocabulary):
-    monkeypatch.setattr(
-        loss, "CHUNK_BYTES", 2 * vocabulary * 100
-    )  # a hundred tokens a chunk: more than a strip of rows
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 100)  # a hundred tokens a chunk: more than a strip of rows
     torch.manual_seed(0)
     hidden = torch.randn(tokens, 48).bfloat16().requires_grad_()
     weight, targets = torch.randn(vocabulary, 48).bfloat16(), torch.randint(0, vocabulary, (tokens,))

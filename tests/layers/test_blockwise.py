@@ -83,6 +83,16 @@ def test_norm_and_layers_side_by_side(tokens, ranks):
     compare(y, layers, exact, x, torch.randn_like(y), y, y64, x64)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_norm_by_itself(tokens, threads):
+    torch.manual_seed(0)
+    weight, (x, x64) = torch.rand(80).bfloat16(), inputs(tokens, 80)
+    assert blockwise.serves_norm(x, weight)
+    y, y64 = blockwise.rms_norm(x, weight, 1e-5), F.rms_norm(x64, (80,), weight.double(), 1e-5)
+    compare(y, [], Exact(), x, torch.randn_like(y), y, y64, x64)
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("rank", [0, 7, 16])
 def test_layer_and_residual(tokens, rank):
@@ -216,6 +226,13 @@ def test_what_it_is_not_for():
     assert not blockwise.serves(x, linear_of(64, 90, 4))
     assert not blockwise.serves(x, layer._replace(weights=(layer.weights[0].float(),)))
     assert not blockwise.serves(x, layer._replace(weights=(layer.weights[0].T.contiguous().T,)))
+    weight, learns = torch.rand(64).bfloat16(), x.clone().requires_grad_()
+    assert blockwise.serves_norm(learns, weight)
+    assert not blockwise.serves_norm(x, weight)
+    assert not blockwise.serves_norm(learns, weight.clone().requires_grad_())
+    assert not blockwise.serves_norm(learns, torch.rand(64))
+    with torch.no_grad():
+        assert not blockwise.serves_norm(learns, weight)
     across = Block(slice(8, 24), slice(0, 4), slice(0, 64), 1.0)  # over two groups of columns, in parts
     assert not blockwise.serves(x, layer._replace(updates=(layer.factors._replace(blocks=(across,)),)))
 

@@ -115,6 +115,25 @@ def test_generation_hidden_states_and_state_dict_are_transformers(family):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_norm_is_transformers_but_for_rounding(family):
+    model, plain = (made.to(torch.bfloat16) for made in pair(family, CONFIGS["all-linear"]))
+    assert type(model.model.norm).__name__ == type(plain.model.norm).__name__
+    assert type(model.model.norm) is not type(plain.model.norm)
+    assert type(model.model.layers[0].input_layernorm) is type(plain.model.norm)
+    x = torch.randn(1, 40, plain.config.hidden_size).bfloat16()
+    results = []
+    for norm in (model.model.norm, plain.model.norm):
+        own = x.clone().requires_grad_()
+        y = norm(own)
+        y.backward(torch.ones_like(y))
+        results.append((y.double(), own.grad.double()))
+        with torch.no_grad():
+            assert torch.equal(norm(x), plain.model.norm(x))
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) < 1e-2
+
+
 def test_layers_are_given_back():
     model, plain = pair("phi3", CONFIGS["all-linear"])
     fast.uninstall(model)

@@ -291,7 +291,9 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
     const int tasks = line.heads * line.trees;
     const int parts = tasks % line.threads && tasks < 8 * line.threads ? 2 : 1;
     // Of every part by itself, so that their sums don't depend on who comes first.
-    Scratch<float> dk_all(of_gradients * line.heads * parts), dv_all(of_gradients * line.heads * parts);
+    const long of_heads = of_gradients * line.heads * parts;
+    const Lasting gradients(2 * of_heads * sizeof(float));
+    float *dk_all = (float*)gradients.data(), *dv_all = dk_all + of_heads;
     std::vector<std::vector<int>> trees(line.trees);
     for (int s = 0; s < line.segment_count; s++) trees[line.segments[s].tree].push_back(s);
 #pragma omp parallel num_threads(line.threads)
@@ -313,7 +315,7 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
                 for (int tree = 0; tree < line.trees; tree++) {
                     const int head = head_part / parts;
                     const long of_kv = head / group * of_head;
-                    float *dk = dk_all.data + head_part * of_gradients, *dv = dv_all.data + head_part * of_gradients;
+                    float *dk = dk_all + head_part * of_gradients, *dv = dv_all + head_part * of_gradients;
                     int block = head_part % parts;
                     for (int s : trees[tree]) {
                         const Segment& segment = line.segments[s];
@@ -401,8 +403,7 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
                     alignas(64) float sum[256];
                     for (int token = segment.start; token < segment.end; token++)
                         for (int value = 0; value < 2; value++) {
-                            const float* from = (value ? dv_all : dk_all).data +
-                                                kv_head * group * parts * of_gradients +
+                            const float* from = (value ? dv_all : dk_all) + kv_head * group * parts * of_gradients +
                                                 (long)(segment.packed + token - segment.start) * width;
                             for (int d = 0; d < width; d += 16) {
                                 Floats total = load(from + d);

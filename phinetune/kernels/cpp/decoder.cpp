@@ -3,6 +3,7 @@
 //     norm_linears     x -> RMSNorm -> layers side by side
 //     linear_add       residual + layer(x)
 //     norm_gated_mlp   x + down(silu(gate) · up), gate and up of RMSNorm(x)
+//     rms_norm         behind the last layer, by itself
 //
 // layers/decoder.py has the same in plain products, which are the reference.  Here a thread takes a block of rows
 // through all of it while they are in its cache: norms, activations, residuals and low-rank updates cost no pass over
@@ -25,7 +26,8 @@ inline Floats sigmoid(Floats x) {  // in min, the second operand is the one that
 }
 
 // Normed rows into `to`, their 1/√(mean square) into `rstd`; with rstd known where `again`.
-void norm(const bf16* x, const bf16* weight, float eps, int width, int rows, float* rstd, bool again, element* to,
+template <class To>
+void norm(const bf16* x, const bf16* weight, float eps, int width, int rows, float* rstd, bool again, To* to,
           long to_row) {
     for (int i = 0; i < rows; i++) {
         const bf16* row = x + (long)i * width;
@@ -42,7 +44,8 @@ void norm(const bf16* x, const bf16* weight, float eps, int width, int rows, flo
 }
 
 // dx of a norm (+ the residual's gradient): rstd · (w·dy − x̂ · mean(w·dy · x̂)).
-void norm_backward(const float* dy, const bf16* x, const bf16* weight, const float* rstd, const bf16* residual,
+template <class From>
+void norm_backward(const From* dy, const bf16* x, const bf16* weight, const float* rstd, const bf16* residual,
                    int width, int rows, bf16* dx) {
     for (int i = 0; i < rows; i++) {
         const long at = (long)i * width;
@@ -66,6 +69,23 @@ void norm_backward(const float* dy, const bf16* x, const bf16* weight, const flo
 }  // namespace
 
 extern "C" {
+
+// x (T, D) -> y (T, D), rstd (T,).
+void rms_norm_forward(int tokens, int threads, int width, const bf16* x, const bf16* weight, float eps, bf16* y,
+                      float* rstd) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int i = 0; i < tokens; i++)
+        norm(x + (long)i * width, weight, eps, width, 1, rstd + i, false, y + (long)i * width, width);
+}
+
+void rms_norm_backward(int tokens, int threads, int width, const bf16* dy, const bf16* x, const bf16* weight,
+                       const float* rstd, bf16* dx) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int i = 0; i < tokens; i++) {
+        const long at = (long)i * width;
+        norm_backward(dy + at, x + at, weight, rstd + i, nullptr, width, 1, dx + at);
+    }
+}
 
 // x (T, K); norm_weight (K,) or null where there is no norm; residual (T, N) or null. y (T, N), thin (T, R), rstd (T,).
 void linears_forward(const Projection* p_, int tokens, int threads, const bf16* x, const bf16* norm_weight, float eps,

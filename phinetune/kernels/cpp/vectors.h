@@ -143,8 +143,8 @@ struct Scratch {
     T* data;
 };
 
-// Memory that stays with the process when it is given back, and serves the next call: pieces of hundreds of megabytes
-// that come and go among activations leave holes in the heap, which rows of other lengths don't fill.
+// Memory that stays with the process when it is given back, and serves the next call: large pieces that come and go
+// leave holes in the heap, which rows of other lengths don't fill.  A piece has room for up to a quarter more.
 class Lasting {
     struct Piece {
         void* data;
@@ -184,6 +184,8 @@ class Lasting {
   public:
     explicit Lasting(size_t bytes) {
         if (!bytes) return;
+        const size_t some = std::max<size_t>(4096, (size_t)1 << (61 - __builtin_clzl(bytes)));
+        bytes = (bytes + some - 1) / some * some;
         piece = take(bytes);
         if (!piece.data) piece = map(bytes);
         if (!piece.data) {
