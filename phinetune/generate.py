@@ -13,6 +13,7 @@ from phinetune.data import Renderer
 from phinetune.errors import RunError
 from phinetune.kernels.allocator import is_out_of_memory
 from phinetune.kernels.linear import linear
+from phinetune.kernels.pieces import release_idle
 from phinetune.model import has_position_table, long_rope_boundary, stop_ids
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def answers(
         sampling: `EvaluationConfig.sampling`, by the names of GenerationConfig.
         seed: of what is drawn; torch's own generator is left as it was.
     """
+    release_idle()  # what a step's activations left is no use here
     stops = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)

@@ -89,7 +89,7 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(log p of the targets, how often each counts) of as many tokens at a time as have room; gradients are written."""
     tokens, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
-    if _is_native(hidden_ND, weight_VD):
+    if serves(hidden_ND, weight_VD):
         chunk_of, most = _native_chunk, CHUNK_TOKENS
     else:
         chunk_of, most = _chunk, max(1, CHUNK_BYTES // (hidden_ND.element_size() * vocabulary))
@@ -145,7 +145,7 @@ def _native_chunk(
     return log_p_C
 
 
-def _is_native(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+def serves(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
     """Whether cpp/loss.cpp is for these."""
     plain = all(native.is_plain(t, torch.bfloat16) and t.is_contiguous() for t in (hidden_ND, weight_VD))
     whole = hidden_ND.shape[1] % 16 == 0 and len(hidden_ND) > 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phinetune.kernels import native
+from phinetune.kernels import native, norm
 from phinetune.kernels.pieces import empty_rows
 from phinetune.lora.functional import Projection, draw_dropout
 
@@ -57,6 +57,8 @@ def norm_gated_mlp(x_TD: Tensor, norm_weight_D: Tensor, eps: float, gate_up: Pro
 
 def serves_norm(x: Tensor, weight_D: Tensor) -> bool:
     """Whether the kernel computes the RMSNorm of x (..., D) for a gradient of x alone."""
+    if torch._C._are_functorch_transforms_active():  # torch.func can't transform an autograd function like ours
+        return False
     learns = torch.is_grad_enabled() and x.requires_grad and not weight_D.requires_grad
     plain = all(native.is_plain(t, torch.bfloat16) and t.is_contiguous() for t in (x, weight_D))
     return learns and plain and len(weight_D) % VECTOR == 0 and holds(0)
@@ -157,12 +159,14 @@ class _RMSNorm(torch.autograd.Function):
         sizes = tokens, torch.get_num_threads(), width
         native.call("decoder", "rms_norm_forward", *sizes, x, weight_D, ctypes.c_float(eps), y, rstd_T)
         ctx.save_for_backward(x, weight_D, rstd_T)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D, rstd_T = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return *torch.autograd.grad(norm.rms_norm(x, weight_D, ctx.eps)[0], x, dy, create_graph=True), None, None
         dx, sizes = torch.empty_like(x), (len(rstd_T), torch.get_num_threads(), x.shape[-1])
         native.call("decoder", "rms_norm_backward", *sizes, dy.contiguous(), x, weight_D, rstd_T, dx)
         return dx, None, None

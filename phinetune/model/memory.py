@@ -16,10 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from phinetune import lora
-from phinetune.kernels import flash, native
+from phinetune.kernels import flash, loss, native
 from phinetune.kernels.attention import KEPT_KEYS
 from phinetune.kernels.flash import VECTOR
-from phinetune.kernels.loss import CHUNK_BYTES, CHUNK_TOKENS
 from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.layers import blockwise
@@ -135,10 +134,12 @@ def _worked_with(model: Any, batch: Batch) -> int:
     else:
         mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2 * on_cpu) * element
     vocabulary = int(config.vocab_size)
-    if on_cpu and model.dtype is torch.bfloat16 and hidden % VECTOR == 0 and native.library("loss") is not None:
-        logits = CHUNK_TOKENS * (vocabulary * element + hidden * 4 * torch.get_num_threads())
+    a_token = torch.empty(1, hidden, dtype=model.dtype, device=model.device)
+    if loss.serves(a_token, a_token):
+        logits = loss.CHUNK_TOKENS * (vocabulary * element + hidden * 4 * torch.get_num_threads())
     else:
-        logits = 2 * CHUNK_BYTES + vocabulary * hidden * element * on_cpu  # oneDNN multiplies by a copy of the weight
+        table = vocabulary * hidden * element * on_cpu  # oneDNN multiplies by a copy of the weight
+        logits = 2 * loss.CHUNK_BYTES + table
     return max(attention, mlp, logits + 5 * hidden * element * batch.tokens)
 
 

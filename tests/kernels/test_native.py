@@ -151,7 +151,7 @@ def check_loss_head(monkeypatch, tokens, vocabulary):
     hidden = torch.randn(tokens, 48).bfloat16().requires_grad_()
     weight, targets = torch.randn(vocabulary, 48).bfloat16(), torch.randint(0, vocabulary, (tokens,))
     weights = torch.randint(0, 4, (tokens,)).float()
-    assert loss._is_native(hidden, weight)
+    assert loss.serves(hidden, weight)
     value = loss.linear_cross_entropy_sum(hidden, weight, targets, weights)
     value.backward()
     exact = hidden.detach().double().requires_grad_()

@@ -101,7 +101,8 @@ def test_layer_and_residual(tokens, rank):
 
 @pytest.mark.parametrize("threads", [2, 3], indirect=True)
 def test_layers_by_several_threads(threads):
-    check_layer_and_residual(400, 7)
+    for tokens in (400, 1, 2, 7):
+        check_layer_and_residual(tokens, 7)
     test_norm_and_layers_side_by_side(97, (20, 5, 33))
 
 

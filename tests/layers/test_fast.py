@@ -1,9 +1,11 @@
 """Fast decoder layers against transformers' own with the same LoRA layers in them."""
 
 import copy
+import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import draw_lora_B, relative_error, tiny_model
 
 from phinetune import lora
@@ -21,6 +23,7 @@ CONFIGS = {
     "pissa": {"target_modules": "all-linear", "init_lora_weights": "pissa"},
 }
 BEGINNING = list(range(50, 80))
+ROUNDED = 1e-2  # of bfloat16, relative by norm
 
 
 def examples():
@@ -131,7 +134,25 @@ def test_the_last_norm_is_transformers_but_for_rounding(family):
         with torch.no_grad():
             assert torch.equal(norm(x), plain.model.norm(x))
     for ours, theirs in zip(*results, strict=True):
-        assert relative_error(ours, theirs) < 1e-2
+        assert relative_error(ours, theirs) < ROUNDED
+
+
+def test_the_last_norm_has_second_gradients_and_is_transformed():
+    model, plain = (made.to(torch.bfloat16) for made in pair("llama", CONFIGS["all-linear"]))
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 1, 40, plain.config.hidden_size).bfloat16()
+    seconds, transformed = [], []
+    exact = functools.partial(
+        F.rms_norm, normalized_shape=x.shape[-1:], eps=plain.config.rms_norm_eps
+    )  # its weight is 1
+    for norm, dtype in ((model.model.norm, x.dtype), (plain.model.norm, x.dtype), (exact, torch.float64)):
+        own = x.to(dtype).requires_grad_()
+        (first,) = torch.autograd.grad((norm(own) ** 3).sum(), own, create_graph=True)
+        seconds.append(torch.autograd.grad((first * v).sum(), own)[0])
+        transformed.append(torch.func.grad(lambda x, norm=norm: (norm(x) ** 3).sum())(x.to(dtype)))
+    assert relative_error(seconds[0], seconds[2]) < ROUNDED
+    assert relative_error(seconds[1], seconds[2]) < ROUNDED
+    assert torch.equal(*transformed[:2])
 
 
 def test_layers_are_given_back():
