@@ -122,8 +122,8 @@ def _worked_with(model: Any, batch: Batch) -> int:
         elif _has_flash(model):
             laid_out = 3 * kv_heads * native.element_bytes()  # keys both ways, values
             threads = torch.get_num_threads()
-            parts = 2 if heads % threads and heads < 8 * threads else 1  # of a head's queries
-            attention = (2 * heads * parts * 4 + laid_out) * width * batch.tokens  # dk, dv
+            parts = 2 if kv_heads % threads and kv_heads < 8 * threads else 1  # of a head's queries
+            attention = (2 * kv_heads * parts * 4 + laid_out) * width * batch.tokens  # dk, dv
             attention += (heads + 2 * kv_heads) * width * batch.tokens * element
         else:
             queries = min(max(GROUP_SCORES // (heads * batch.longest), SMALLEST_BLOCK), LARGEST_BLOCK, batch.longest)

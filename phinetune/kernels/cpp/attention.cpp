@@ -22,6 +22,7 @@ namespace {
 using stored = STORED;  // the numbers of queries, keys, values and outputs
 
 constexpr int QUERIES = 64, KEYS = 256;  // of a block
+constexpr int AHEAD = 8;                   // tokens: what is read in a while is fetched, a row of a head being too short to be
 constexpr float NOTHING = -INFINITY;
 
 struct Segment {
@@ -57,11 +58,11 @@ struct Line {
 
 // A head of a token, turned by its position's angle, or back by it: read(d, which) gives 16 of its elements,
 // write(d, which, x) takes them.
-template <bool BACK, class Read, class Write>
-void rotate(const Line& line, int token, Read read, Write write) {
+template <bool BACK, bool WHOLE, class Read, class Write>
+void rotate_by(const Line& line, int token, Read read, Write write) {
     const int half = line.turned;
     for (int d = 0; d < half; d += 16) {
-        const Mask which = first(half - d);
+        const Mask which = WHOLE ? first(16) : first(half - d);
         const Floats cos = load(line.cos + (long)token * half + d, which);
         const Floats sin = load(line.sin + (long)token * half + d, which);
         const Floats a = read(d, which), b = read(half + d, which);
@@ -73,6 +74,14 @@ void rotate(const Line& line, int token, Read read, Write write) {
         const Mask which = first(line.width - d);
         write(d, which, read(d, which));
     }
+}
+
+template <bool BACK, class Read, class Write>
+void rotate(const Line& line, int token, Read read, Write write) {
+    if (2 * line.turned == line.width && line.turned % 16 == 0)  // no lane is left out, known beforehand
+        rotate_by<BACK, true>(line, token, read, write);
+    else
+        rotate_by<BACK, false>(line, token, read, write);
 }
 
 void read_rotated(const Line& line, int token, int head, element* to) {
@@ -240,7 +249,9 @@ void attention_forward(const Line* line_, stored* out, float* lse) {
                     const int count = task.end - task.begin, kv_head = head / (line.heads / line.kv_heads);
                     const term *k = k_all.data + kv_head * of_head, *v = v_all.data + kv_head * of_head;
                     for (int i = 0; i < count; i++) {
-                        read_rotated(line, segment.start + task.begin + i, head, q.data + i * width);
+                        const int token = segment.start + task.begin + i;
+                        if (i + AHEAD < count) fetch(line.head(token + AHEAD, head), width);
+                        read_rotated(line, token, head, q.data + i * width);
                         top[i] = NOTHING;
                         total[i] = 0;
                     }
@@ -287,13 +298,14 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
     const long of_head = (long)width / ELEMENTS * line.packed, of_gradients = (long)width * line.packed;
     Scratch<term> k_across(of_head * line.kv_heads), k_along(of_head * line.kv_heads),
         v_across(of_head * line.kv_heads);
-    // Where threads would get unequal numbers of heads, each head is two parts, of every other block of queries.
-    const int tasks = line.heads * line.trees;
+    // A task is the queries that read a key-value head: their sums come to one, and leave the cache once.  Where threads
+    // would get unequal numbers of tasks, each is two parts, of every other block of queries.
+    const int tasks = line.kv_heads * line.trees;
     const int parts = tasks % line.threads && tasks < 8 * line.threads ? 2 : 1;
     // Of every part by itself, so that their sums don't depend on who comes first.
-    const long of_heads = of_gradients * line.heads * parts;
-    const Lasting gradients(2 * of_heads * sizeof(float));
-    float *dk_all = (float*)gradients.data(), *dv_all = dk_all + of_heads;
+    const long of_tasks = of_gradients * line.kv_heads * parts;
+    const Lasting gradients(2 * of_tasks * sizeof(float));
+    float *dk_all = (float*)gradients.data(), *dv_all = dk_all + of_tasks;
     std::vector<std::vector<int>> trees(line.trees);
     for (int s = 0; s < line.segment_count; s++) trees[line.segments[s].tree].push_back(s);
 #pragma omp parallel num_threads(line.threads)
@@ -311,12 +323,12 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
                                  {k_across.data + head * of_head, k_along.data + head * of_head,
                                   v_across.data + head * of_head, nullptr});
 #pragma omp for collapse(2) schedule(dynamic)
-            for (int head_part = 0; head_part < line.heads * parts; head_part++)
+            for (int part = 0; part < line.kv_heads * parts; part++)
                 for (int tree = 0; tree < line.trees; tree++) {
-                    const int head = head_part / parts;
-                    const long of_kv = head / group * of_head;
-                    float *dk = dk_all + head_part * of_gradients, *dv = dv_all + head_part * of_gradients;
-                    int block = head_part % parts;
+                    const int kv_head = part / parts;
+                    const long of_kv = kv_head * of_head;
+                    float *dk = dk_all + part * of_gradients, *dv = dv_all + part * of_gradients;
+                    int block = part % parts;
                     for (int s : trees[tree]) {
                         const Segment& segment = line.segments[s];
                         const long from = (long)segment.packed * width;
@@ -326,15 +338,22 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
                     }
                     for (int s : trees[tree]) {
                         const Segment& segment = line.segments[s];
-                        const int length = segment.end - segment.start;
-                        for (int begin = 0; begin < length; begin += QUERIES) {
+                        const int length = segment.end - segment.start, blocks = (length + QUERIES - 1) / QUERIES;
+                        for (int i = 0; i < group * blocks; i++) {
                             if (block++ % parts) continue;
+                            const int head = kv_head * group + i / blocks, begin = i % blocks * QUERIES;
                             const int end = std::min(begin + QUERIES, length), count = end - begin;
                             const int even = (count + 1) / 2 * 2;
                             for (int i = 0; i < count; i++) {
                                 const int token = segment.start + begin + i;
-                                read_rotated(line, token, head, q.data + i * width);
                                 const long at = ((long)token * line.heads + head) * width;
+                                if (i + AHEAD < count) {
+                                    const long later = at + (long)AHEAD * line.heads * width;
+                                    fetch(line.head(token + AHEAD, head), width);
+                                    fetch(out + later, width);
+                                    fetch(dout + later, width);
+                                }
+                                read_rotated(line, token, head, q.data + i * width);
                                 Floats along = zeros();
                                 for (int d = 0; d < width; d += 16)
                                     along = fma(load(dout + at + d), load(out + at + d), along);
@@ -403,12 +422,11 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
                     alignas(64) float sum[256];
                     for (int token = segment.start; token < segment.end; token++)
                         for (int value = 0; value < 2; value++) {
-                            const float* from = (value ? dv_all : dk_all) + kv_head * group * parts * of_gradients +
+                            const float* from = (value ? dv_all : dk_all) + kv_head * parts * of_gradients +
                                                 (long)(segment.packed + token - segment.start) * width;
                             for (int d = 0; d < width; d += 16) {
                                 Floats total = load(from + d);
-                                for (int g = 1; g < group * parts; g++)
-                                    total = total + load(from + g * of_gradients + d);
+                                for (int p = 1; p < parts; p++) total = total + load(from + p * of_gradients + d);
                                 store(sum + d, total);
                             }
                             const int head = line.heads + kv_head + (value ? line.kv_heads : 0);

@@ -128,6 +128,12 @@ inline void copy_row(const From* from, long width, element* to) {
         for (long d = 0; d < width; d += 16) store(to + d, load(from + d));
 }
 
+// Asks for numbers that are read soon, where a processor doesn't see it coming.
+template <class T>
+inline void fetch(const T* from, int count) {
+    for (int i = 0; i < count; i += 64 / (int)sizeof(T)) __builtin_prefetch(from + i);
+}
+
 // Whether the system refused this call memory.
 static std::atomic<bool> refused{false};
 
