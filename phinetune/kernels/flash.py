@@ -27,12 +27,12 @@ WIDEST = 256
 
 def serves(qkv_TJD: Tensor) -> bool:
     """Whether the kernel computes this."""
-    return (
-        native.is_plain(qkv_TJD, qkv_TJD.dtype)
-        and qkv_TJD.shape[2] % VECTOR == 0
-        and qkv_TJD.shape[2] <= WIDEST
-        and native.library("attention", qkv_TJD.dtype) is not None
-    )
+    return native.is_plain(qkv_TJD, qkv_TJD.dtype) and is_for(qkv_TJD.shape[2], qkv_TJD.dtype)
+
+
+def is_for(head_width: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel is there, and for heads of this width."""
+    return head_width % VECTOR == 0 and head_width <= WIDEST and native.library("attention", dtype) is not None
 
 
 def flash_attention(
@@ -45,8 +45,16 @@ def flash_attention(
     window: int | None,
 ) -> Tensor:
     """Attention of queries, keys and values (T, H + 2K, D), the first two rotated where angles are given: (T, H, D)."""
-    settings = (kv_heads, tuple(map(tuple, paths)), scaling, window or NO_WINDOW)
+    settings = settings_of(kv_heads, paths, scaling, window)
     return cast(Tensor, _FlashAttention.apply(qkv_TJD.contiguous(), cos_TR, sin_TR, settings))
+
+
+Settings = tuple[int, tuple[tuple[tuple[int, int], ...], ...], float, int]
+
+
+def settings_of(kv_heads: int, paths: Sequence[Path], scaling: float, window: int | None) -> Settings:
+    """What the kernel is told beside its tensors."""
+    return kv_heads, tuple(map(tuple, paths)), scaling, window or NO_WINDOW
 
 
 def _halves(cos_TR: Tensor | None, sin_TR: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -73,10 +81,9 @@ _last = threading.local()
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, qkv_TJD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, settings: tuple[Any, ...]
-    ) -> Tensor:
-        line, _held = _line(qkv_TJD, *_halves(cos_TR, sin_TR), settings)
+    def forward(ctx: Any, qkv_TJD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, settings: Settings) -> Tensor:
+        tokens, heads, width = qkv_TJD.shape
+        line, _held = line_of(qkv_TJD.data_ptr(), tokens, heads, width, cos_TR, sin_TR, settings)
         out_THD = empty_rows(qkv_TJD, line.tokens, line.heads, line.width)
         lse_HT = qkv_TJD.new_empty(line.heads, line.tokens, dtype=torch.float32)
         _call("attention_forward", line, out_THD, lse_HT)
@@ -89,7 +96,8 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
         qkv_TJD, cos_TR, sin_TR, out_THD, lse_HT = ctx.saved_tensors
         dqkv_TJD = empty_rows(qkv_TJD, *qkv_TJD.shape)
-        line, _held = _line(qkv_TJD, *_halves(cos_TR, sin_TR), ctx.settings)
+        tokens, heads, width = qkv_TJD.shape
+        line, _held = line_of(qkv_TJD.data_ptr(), tokens, heads, width, cos_TR, sin_TR, ctx.settings)
         kept = out_THD, lse_HT, dout_THD.contiguous()
         _call("attention_backward", line, *kept, dqkv_TJD)
         return dqkv_TJD, None, None, None
@@ -151,15 +159,15 @@ def _layout(paths: tuple[tuple[tuple[int, int], ...], ...]) -> _Layout:
     return _Layout((_Segment * len(segments))(*segments), (_Piece * len(pieces))(*pieces), packed, len(trees))
 
 
-def _line(
-    qkv_TJD: Tensor, cos_TA: Tensor | None, sin_TA: Tensor | None, settings: tuple[Any, ...]
-) -> tuple[_Line, tuple[Any, ...]]:
-    """The line, and what must live as long."""
+def line_of(
+    qkv: int, tokens: int, heads: int, width: int, cos_TR: Tensor | None, sin_TR: Tensor | None, settings: Settings
+) -> tuple[Any, Any]:
+    """What the kernel is asked of queries, keys and values at an address, and what must live as long."""
     kv_heads, paths, scaling, window = settings
+    cos_TA, sin_TA = _halves(cos_TR, sin_TR)
     layout = _layout(paths)
-    tokens, heads, width = qkv_TJD.shape
     line = _Line(
-        qkv_TJD.data_ptr(),
+        qkv,
         0 if cos_TA is None else cos_TA.data_ptr(),
         0 if sin_TA is None else sin_TA.data_ptr(),
         tokens,
@@ -176,4 +184,4 @@ def _line(
         layout.packed,
         layout.trees,
     )
-    return line, (qkv_TJD, cos_TA, sin_TA, layout)
+    return line, (cos_TA, sin_TA, layout)

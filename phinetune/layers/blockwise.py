@@ -7,7 +7,6 @@ Shape suffixes as in decoder.py; P ranks, rounded up to whole vectors.
 """
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from phinetune.kernels import native, norm
 from phinetune.kernels.pieces import empty_rows
-from phinetune.lora.functional import Projection, draw_dropout
+from phinetune.layers.asked import VECTOR, Asked, call
+from phinetune.lora.functional import Projection
 
-VECTOR = 16  # widths are multiples of it
 # Of a part's weights: larger ones don't stay in the cache between blocks of rows.  Products in fp32 are slow enough not
 # to wait for them, but a copy that is laid out is twice as large.
 MOST_ELEMENTS = {"avx512_bf16": 1 << 23, "avx2": 1 << 29}
@@ -26,12 +25,13 @@ MOST_ELEMENTS = {"avx512_bf16": 1 << 23, "avx2": 1 << 29}
 
 def serves(x_TK: Tensor, *parts: Projection) -> bool:
     """Whether the kernel computes these parts."""
-    return (
-        native.is_plain(x_TK, torch.bfloat16)
-        and len(x_TK) > 0
-        and holds(sum(weight.numel() for part in parts for weight in part.weights))
-        and all(_is_laid_out(part) for part in parts)
-    )
+    return native.is_plain(x_TK, torch.bfloat16) and len(x_TK) > 0 and are_held(*parts)
+
+
+def are_held(*parts: Projection) -> bool:
+    """Whether the kernel is for these parts, together."""
+    elements = sum(weight.numel() for part in parts for weight in part.weights)
+    return holds(elements) and all(_is_laid_out(part) for part in parts)
 
 
 def holds(elements: int) -> bool:
@@ -90,14 +90,14 @@ class _Linears(torch.autograd.Function):
         *trained: Tensor | None,
     ) -> Tensor:
         x_TK = x_TK.contiguous()
-        keep_TK = _draw(x_TK, layers)
-        asked = _Asked(layers)
+        asked = Asked(layers)
+        keep_TK = asked.draw(x_TK)
         y_TN = empty_rows(x_TK, len(x_TK), asked.outputs)
         thin_TP = asked.new_thin(x_TK)
         rstd_T = None if norm_weight_K is None else empty_rows(x_TK, len(x_TK), dtype=torch.float32)
         residual = None if residual_TN is None else residual_TN.contiguous()
         into = residual, y_TN, thin_TP, rstd_T
-        _call("linears_forward", [asked], [keep_TK], x_TK, norm_weight_K, ctypes.c_float(eps), *into)
+        call("linears_forward", [asked], [keep_TK], len(x_TK), x_TK, norm_weight_K, ctypes.c_float(eps), *into)
         ctx.save_for_backward(x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK, *trained)  # which mustn't change meanwhile
         ctx.asked, ctx.adds = asked, residual_TN is not None
         return y_TN
@@ -106,11 +106,11 @@ class _Linears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, norm_weight_K, rstd_T, thin_TP, keep_TK, *_ = ctx.saved_tensors
-        asked: _Asked = ctx.asked
+        asked: Asked = ctx.asked
         dx_TK = empty_rows(x_TK, *x_TK.shape) if ctx.needs_input_grad[2] else None
         gradients = asked.new_gradients()
         kept = dy_TN.contiguous(), x_TK, norm_weight_K, rstd_T, thin_TP
-        _call("linears_backward", [asked], [keep_TK], *kept, dx_TK)
+        call("linears_backward", [asked], [keep_TK], len(x_TK), *kept, None, dx_TK)
         return None, None, dx_TK, None, dy_TN if ctx.adds else None, *asked.as_trained(gradients)
 
 
@@ -127,13 +127,14 @@ class _NormGatedMLP(torch.autograd.Function):
     ) -> Tensor:
         x_TD = x_TD.contiguous()
         width = down.weights[0].shape[1]
-        keeps = _draw(x_TD, gate_up), _draw(x_TD, down, width)
-        parts = [_Asked(gate_up), _Asked(down)]
+        parts = [Asked(gate_up), Asked(down)]
+        keeps = [part.draw(x_TD) for part in parts]
         y_TD = empty_rows(x_TD, *x_TD.shape)
         both_TF2 = empty_rows(x_TD, len(x_TD), 2 * width)
         thins = [part.new_thin(x_TD) for part in parts]
         rstd_T = empty_rows(x_TD, len(x_TD), dtype=torch.float32)
-        _call("mlp_forward", parts, keeps, x_TD, norm_weight_D, ctypes.c_float(eps), y_TD, both_TF2, *thins, rstd_T)
+        into = y_TD, both_TF2, *thins, rstd_T
+        call("mlp_forward", parts, keeps, len(x_TD), x_TD, norm_weight_D, ctypes.c_float(eps), *into)
         ctx.save_for_backward(x_TD, norm_weight_D, rstd_T, both_TF2, *thins, *keeps, *trained)
         ctx.parts = parts
         return y_TD
@@ -142,11 +143,11 @@ class _NormGatedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down, *keeps = ctx.saved_tensors[:8]
-        parts: list[_Asked] = ctx.parts
+        parts: list[Asked] = ctx.parts
         dx_TD = empty_rows(x_TD, *x_TD.shape) if ctx.needs_input_grad[3] else None
         gradients = [part.new_gradients() for part in parts]
         kept = dy_TD.contiguous(), x_TD, norm_weight_D, rstd_T, both_TF2, thin, thin_down
-        _call("mlp_backward", parts, keeps, *kept, dx_TD)
+        call("mlp_backward", parts, keeps, len(x_TD), *kept, dx_TD)
         of_both = [d for part, own in zip(parts, gradients, strict=True) for d in part.as_trained(own)]
         return None, None, None, dx_TD, None, *of_both
 
@@ -170,92 +171,3 @@ class _RMSNorm(torch.autograd.Function):
         dx, sizes = torch.empty_like(x), (len(rstd_T), torch.get_num_threads(), x.shape[-1])
         native.call("decoder", "rms_norm_backward", *sizes, dy.contiguous(), x, weight_D, rstd_T, dx)
         return dx, None, None
-
-
-def _draw(x_TK: Tensor, layers: Projection, width: int | None = None) -> Tensor | None:
-    """A dropout mask for what A reads: (T, K), or (T, `width`) where that isn't made yet."""
-    if not layers.updates:
-        return None
-    return draw_dropout(x_TK if width is None else x_TK.new_empty(1, 1).expand(len(x_TK), width), layers.dropout_p)
-
-
-def _call(function: str, parts: Sequence["_Asked"], keeps: Sequence[Tensor | None], first: Tensor, *more: Any) -> None:
-    """The kernel's function on parts and what dropout keeps of their inputs, on as many tokens as `first` has rows,
-    and on tensors (null where None)."""
-    for part, keep_TK in zip(parts, keeps, strict=True):
-        part.struct.keep = None if keep_TK is None else keep_TK.data_ptr()
-    asked = [ctypes.byref(part.struct) for part in parts]
-    native.call("decoder", function, *asked, len(first), torch.get_num_threads(), first, *more)
-
-
-class _LowRank(ctypes.Structure):
-    """As in projection.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("out", "columns", "a", "rank")),
-        *((name, ctypes.c_void_p) for name in ("A", "B", "dA", "dB")),
-        ("scaling", ctypes.c_float),
-    ]
-
-
-class _Projection(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("inputs", "outputs", "ranks", "block_count")),
-        ("keep_scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("weights", "rows", "bias", "blocks", "keep")),
-    ]
-
-
-class _Asked:
-    """A projection as the kernel reads it, with the tensors that it points at: they stay, whatever a module gets."""
-
-    def __init__(self, part: Projection) -> None:
-        self.part = part
-        self.weights = [weight.detach() for weight in part.weights]
-        self.factors = [factor.detach().float().contiguous() for factor in part.trained]
-        self.bias = _bias_of(part)
-        rows = [len(weight) for weight in self.weights]
-        inputs, self.outputs = self.weights[0].shape[1], sum(rows)
-        self.ranks, low_rank = 0, []
-        for (*_, blocks), lora_A, lora_B in zip(part.updates, self.factors[::2], self.factors[1::2], strict=True):
-            for out, a, b, scaling in blocks:
-                sizes = out.start, out.stop - out.start, self.ranks + a.start, a.stop - a.start
-                A, B = lora_A.data_ptr() + 4 * inputs * a.start, lora_B.data_ptr() + 4 * (b.start or 0)
-                low_rank.append(_LowRank(*sizes, A, B, None, None, scaling))
-            self.ranks += len(lora_A)
-        self.arrays = (
-            (ctypes.c_void_p * len(rows))(*(weight.data_ptr() for weight in self.weights)),
-            (ctypes.c_int * len(rows))(*rows),
-            (_LowRank * len(low_rank))(*low_rank),
-        )
-        weights_at, rows_at, low_rank_at = [ctypes.addressof(array) for array in self.arrays]
-        bias_at = None if self.bias is None else self.bias.data_ptr()
-        keep_scale = 1 / max(1 - part.dropout_p, 1e-12)
-        self.struct = _Projection(
-            inputs, self.outputs, self.ranks, len(low_rank), keep_scale, weights_at, rows_at, bias_at, low_rank_at
-        )
-
-    def new_thin(self, x_TK: Tensor) -> Tensor | None:
-        return empty_rows(x_TK, len(x_TK), -(-self.ranks // VECTOR) * VECTOR) if self.ranks else None
-
-    def new_gradients(self) -> list[Tensor]:
-        """Of A and B of each update, in fp32, where the kernel writes them next."""
-        gradients = [torch.zeros_like(factor) for factor in self.factors]
-        low_rank = iter(self.arrays[2])
-        for (*_, blocks), dA, dB in zip(self.part.updates, gradients[::2], gradients[1::2], strict=True):
-            for (_, a, b, _), block in zip(blocks, low_rank, strict=False):  # which goes on
-                block.dA = dA.data_ptr() + 4 * dA.shape[1] * a.start
-                block.dB = dB.data_ptr() + 4 * (b.start or 0)
-        return gradients
-
-    def as_trained(self, gradients: list[Tensor]) -> list[Tensor]:
-        """In the dtypes of A and B."""
-        return [d.to(factor.dtype) for d, factor in zip(gradients, self.part.trained, strict=True)]
-
-
-def _bias_of(part: Projection) -> Tensor | None:
-    """(N,) in fp32."""
-    if all(bias is None for bias in part.biases):
-        return None
-    pairs = zip(part.biases, part.weights, strict=True)
-    return torch.cat([w.new_zeros(len(w)) if bias is None else bias.detach() for bias, w in pairs]).float()

@@ -7,8 +7,9 @@ everything that isn't a flat batch stay what they were: those go to the layer's 
 reference.  `install` gives a model's layers that class.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +26,16 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 
 from phinetune.kernels import Path
 from phinetune.kernels.attention import rotary_attention
-from phinetune.layers import blockwise
+from phinetune.layers import blockwise, whole
 from phinetune.layers.decoder import linear_add, norm_gated_mlp, norm_linears
 from phinetune.layers.in_place import InPlace
 from phinetune.layers.projection import computing_dtype, is_watched, projection_of
-from phinetune.lora.functional import Projection, side_by_side
+from phinetune.layers.whole import Attention, Norm, Parts, Ready
+from phinetune.lora.functional import side_by_side
 
 ATTENTIONS = (LlamaAttention, MistralAttention, Phi3Attention, Qwen2Attention)
 MLPS = (LlamaMLP, MistralMLP, Phi3MLP, Qwen2MLP)
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Phi3RMSNorm, Qwen2RMSNorm)
-
-
-class Parts(NamedTuple):
-    """The linear layers of a decoder layer, as they are at this moment."""
-
-    qkv: Projection
-    o: Projection
-    gate_up: Projection
-    down: Projection
 
 
 class FastLayer(InPlace):
@@ -69,10 +62,10 @@ class FastLayer(InPlace):
 
         Under autocast the fast path is taken where the weights have its dtype, and computes without it.
         """
-        parts, dtype = None, computing_dtype(hidden_states)
+        ready, dtype = None, computing_dtype(hidden_states)
         if paths is not None and position_embeddings is not None and past_key_values is None:
-            parts = self._parts(dtype)
-        if parts is None or position_embeddings is None or paths is None:
+            ready = self._ready(dtype)
+        if ready is None or position_embeddings is None or paths is None:
             output: Tensor = super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -85,25 +78,22 @@ class FastLayer(InPlace):
             )
             return output
         with torch.autocast(hidden_states.device.type, enabled=False):
-            x_TD, cos_TR, sin_TR = (tensor[0].to(dtype) for tensor in (hidden_states, *position_embeddings))
-            return self._flat(x_TD, cos_TR, sin_TR, paths, parts).to(hidden_states.dtype)[None]
+            x_TD, cos_TR, sin_TR = (tensor.squeeze(0).to(dtype) for tensor in (hidden_states, *position_embeddings))
+            return _flat(x_TD, cos_TR, sin_TR, paths, ready).to(hidden_states.dtype)[None]
 
-    def _flat(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, paths: Sequence[Path], parts: Parts) -> Tensor:
-        attention, norms = self.self_attn, (self.input_layernorm, self.post_attention_layernorm)
-        (first_norm, first_eps), (second_norm, second_eps) = ((norm.weight, norm.variance_epsilon) for norm in norms)
-        qkv_TN = norm_linears(x_TD, first_norm, first_eps, parts.qkv)
-        attended_TN = rotary_attention(
-            qkv_TN,
-            cos_TR,
-            sin_TR,
-            attention.config.num_key_value_heads,
-            paths,
-            attention.scaling,
-            getattr(attention.config if self.windowed else attention, "sliding_window", None),
-            attention.head_dim,
-        )
-        x_TD = linear_add(attended_TN, x_TD, parts.o)
-        return norm_gated_mlp(x_TD, second_norm, second_eps, parts.gate_up, parts.down)
+    def _ready(self, dtype: torch.dtype) -> Ready | None:
+        """The layer as it is; None if the fast path isn't for it.  Looked at once while `settled`."""
+        known: dict[Any, Ready | None] = self.__dict__.get("_known", {})
+        if (key := (dtype, self.training, torch.is_grad_enabled())) not in known:
+            parts = self._parts(dtype)
+            norms = Norm.of(self.input_layernorm), Norm.of(self.post_attention_layernorm)
+            known[key] = None if parts is None else Ready(parts, norms, self._attention())
+        return known[key]
+
+    def _attention(self) -> Attention:
+        attention = self.self_attn
+        window = getattr(attention.config if self.windowed else attention, "sliding_window", None)
+        return Attention(attention.config.num_key_value_heads, attention.scaling, window, attention.head_dim)
 
     def _parts(self, dtype: torch.dtype) -> Parts | None:
         """The layer's linear layers; None if one does more than a product and a low-rank update, or something trains
@@ -139,6 +129,29 @@ class FastLayer(InPlace):
                 return None
             parts.append(side_by_side([projection for projection in projections if projection is not None]))
         return Parts(*parts)
+
+
+def _flat(x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, paths: Sequence[Path], ready: Ready) -> Tensor:
+    if ready.serves(x_TD):
+        return whole.decoder_layer(x_TD, cos_TR, sin_TR, paths, ready)
+    parts, (norm, norm_mlp), (kv_heads, scaling, window, head_width) = ready.parts, ready.norms, ready.attention
+    qkv_TN = norm_linears(x_TD, *norm, parts.qkv)
+    attended_TN = rotary_attention(qkv_TN, cos_TR, sin_TR, kv_heads, paths, scaling, window, head_width)
+    x_TD = linear_add(attended_TN, x_TD, parts.o)
+    return norm_gated_mlp(x_TD, *norm_mlp, parts.gate_up, parts.down)
+
+
+@contextlib.contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """Here nobody changes modules, hooks, adapters or weights of a model: its layers look at themselves once."""
+    layers = [module for module in model.modules() if isinstance(module, FastLayer)]
+    for layer in layers:
+        layer.__dict__["_known"] = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("_known", None)
 
 
 def is_known(attention: nn.Module) -> bool:

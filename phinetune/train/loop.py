@@ -18,6 +18,8 @@ from phinetune.data import Example, Plan, supervised_tokens
 from phinetune.errors import CheckpointError, RunError, Stopped
 from phinetune.evaluate import evaluate_loss
 from phinetune.kernels.allocator import is_out_of_memory
+from phinetune.layers.fast import settled
+from phinetune.machine.garbage import garbage_set_aside
 from phinetune.model import flat_batches, loss_sum, takes_flat_batches
 from phinetune.model.memory import Batch
 from phinetune.recipe import Recipe
@@ -63,11 +65,12 @@ def training_step(
         for parameter in parameters:
             if parameter.grad is None:  # kept for the whole run: made among activations they leave holes in the heap
                 parameter.grad = torch.zeros_like(parameter)
-        for number, batch in enumerate(flat_batches(model, examples, max_batch_tokens)):
-            _draw_from(derive_seed(*seed, number), model.device)
-            batch_loss = loss_sum(model, batch.to(model.device)) / supervised
-            batch_loss.backward()
-            loss += batch_loss.item()
+        with settled(model):
+            for number, batch in enumerate(flat_batches(model, examples, max_batch_tokens)):
+                _draw_from(derive_seed(*seed, number), model.device)
+                batch_loss = loss_sum(model, batch.to(model.device)) / supervised
+                batch_loss.backward()
+                loss += batch_loss.item()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -158,7 +161,7 @@ class Loop:
         config = self.recipe.training_config
         self.model.train()
         bar = ProgressBar("training", len(self.steps), not config.disable_tqdm, self.step)
-        with self.signals.deferred(), bar:
+        with self.signals.deferred(), bar, garbage_set_aside():
             self._evaluate_if_due(metrics)  # on start, or what a signal left undone
             while self.step < len(self.steps) and not self.best.is_exhausted:
                 examples = [self.train[row] for row in self.steps[self.step]]

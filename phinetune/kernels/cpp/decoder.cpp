@@ -123,9 +123,10 @@ void linears_forward(const Projection* p_, int tokens, int threads, const bf16* 
     }
 }
 
-// Gradients of x (null where not needed) and of the As and Bs. rstd null where there is no norm.
+// Gradients of x (null where not needed) and of the As and Bs. rstd null where there is no norm; dresidual (T, K), of
+// what else reads what is normed, or null.
 void linears_backward(const Projection* p_, int tokens, int threads, const bf16* dy, const bf16* x,
-                      const bf16* norm_weight, float* rstd, const bf16* thin, bf16* dx) {
+                      const bf16* norm_weight, float* rstd, const bf16* thin, const bf16* dresidual, bf16* dx) {
     const Projection& p = *p_;
     const Blocks blocks(tokens, threads);
     Backward laid(p);
@@ -165,8 +166,9 @@ void linears_backward(const Projection* p_, int tokens, int threads, const bf16*
                     p, laid, token, rows, out.data, row, [&](int k) { return dx_sums.data + k; }, p.inputs,
                     [](int, int) {});
                 bf16* to = dx + (long)token * p.inputs;
+                const bf16* others = dresidual ? dresidual + (long)token * p.inputs : nullptr;
                 if (norm_weight)
-                    norm_backward(dx_sums.data, from, norm_weight, rstd + token, nullptr, p.inputs, rows, to);
+                    norm_backward(dx_sums.data, from, norm_weight, rstd + token, others, p.inputs, rows, to);
                 else
                     for (long k = 0; k < (long)rows * p.inputs; k += 16) store(to + k, load(dx_sums.data + k));
             }
@@ -272,6 +274,12 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
                             store(act.data + (long)i * width + n, through_bf16(silu) * up);
                             store(to, d * up * slope);
                             store(to + width, d * silu);
+                        }
+                    if (k + COLUMNS < width)
+                        for (int i = 0; i < rows; i++) {
+                            const bf16* next = gate_up_kept + (long)(token + i) * 2 * width + k + COLUMNS;
+                            fetch(next, COLUMNS);
+                            fetch(next + width, COLUMNS);
                         }
                 };
                 input_gradient(
