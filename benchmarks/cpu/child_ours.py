@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from phinetune.data import Example, batches
 from phinetune.kernels import allocator, native
+from phinetune.machine.garbage import garbage_set_aside
 from phinetune.measure.rates import Products, share_reached
 from phinetune.model import adapt_model, load_model
 from phinetune.recipe import ModelKwargs, PeftConfig, TrainingConfig
@@ -155,7 +156,8 @@ def attention_seconds(model: Any, length: int, repeats: int) -> float:
 def main() -> None:
     job = job_io.read()
     trainee = Trainee(job)
-    result = {"speed": speed, "roofline": roofline, "cost": cost}[job["what"]](trainee)
+    with garbage_set_aside():  # as `train` does
+        result = {"speed": speed, "roofline": roofline, "cost": cost}[job["what"]](trainee)
     result["threads"] = torch.get_num_threads()
     result["versions"] = job_io.versions("phinetune", "torch", "transformers")
     job_io.answer(result)
