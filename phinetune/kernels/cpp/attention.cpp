@@ -8,6 +8,7 @@
 // Every sum is made in an order that depends on the layout and the number of threads alone.
 #include <cmath>
 #include <cstring>
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -21,8 +22,8 @@ namespace {
 
 using stored = STORED;  // the numbers of queries, keys, values and outputs
 
-constexpr int QUERIES = 64, KEYS = 256;  // of a block
-constexpr int AHEAD = 8;                   // tokens: what is read in a while is fetched, a row of a head being too short to be
+constexpr int QUERIES = 48, KEYS = 256;  // of a block
+constexpr int AHEAD = 8;  // tokens: what is read in a while is fetched, a row of a head being too short to be
 constexpr float NOTHING = -INFINITY;
 
 struct Segment {
@@ -215,6 +216,39 @@ struct Task {
     int segment, begin, end;
 };
 
+struct Block {  // of queries of one of a key-value head's heads
+    int segment, member, begin, end;
+};
+
+// What one thread adds up for a key-value head: of a tree's blocks of queries all, or every other one.
+struct Share {
+    int part;
+    long keys = 0;  // that its queries see, about
+    std::vector<int> segments;
+    std::vector<Block> blocks;
+};
+
+// All shares, the longest first, so that no thread is left with one while the others wait.
+std::vector<Share> share_out(const Line& line, int parts) {
+    std::vector<Share> shares(line.trees * parts);
+    std::vector<int> counts(line.trees);
+    for (int i = 0; i < line.trees * parts; i++) shares[i].part = i % parts;
+    for (int s = 0; s < line.segment_count; s++) {
+        const Segment& segment = line.segments[s];
+        const int length = segment.end - segment.start, first = segment.tree * parts;
+        for (int p = 0; p < parts; p++) shares[first + p].segments.push_back(s);
+        for (int member = 0; member < line.heads / line.kv_heads; member++)
+            for (int begin = 0; begin < length; begin += QUERIES) {
+                Share& share = shares[first + counts[segment.tree]++ % parts];
+                share.blocks.push_back({s, member, begin, std::min(begin + QUERIES, length)});
+                share.keys += segment.position + begin + QUERIES;
+            }
+    }
+    std::stable_sort(shares.begin(), shares.end(),
+                     [](const Share& one, const Share& other) { return one.keys > other.keys; });
+    return shares;
+}
+
 }  // namespace
 
 extern "C" {
@@ -298,16 +332,16 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
     const long of_head = (long)width / ELEMENTS * line.packed, of_gradients = (long)width * line.packed;
     Scratch<term> k_across(of_head * line.kv_heads), k_along(of_head * line.kv_heads),
         v_across(of_head * line.kv_heads);
-    // A task is the queries that read a key-value head: their sums come to one, and leave the cache once.  Where threads
-    // would get unequal numbers of tasks, each is two parts, of every other block of queries.
+    // A task is the queries that read a key-value head: their sums come to one, and leave the cache once.  Where
+    // threads would get unequal numbers of tasks, each is two parts, of every other block of queries.
     const int tasks = line.kv_heads * line.trees;
     const int parts = tasks % line.threads && tasks < 8 * line.threads ? 2 : 1;
     // Of every part by itself, so that their sums don't depend on who comes first.
     const long of_tasks = of_gradients * line.kv_heads * parts;
     const Lasting gradients(2 * of_tasks * sizeof(float));
     float *dk_all = (float*)gradients.data(), *dv_all = dk_all + of_tasks;
-    std::vector<std::vector<int>> trees(line.trees);
-    for (int s = 0; s < line.segment_count; s++) trees[line.segments[s].tree].push_back(s);
+    const std::vector<Share> shares = share_out(line, parts);
+    const int share_count = shares.size();
 #pragma omp parallel num_threads(line.threads)
     {
         Scratch<float> scores(QUERIES * KEYS), dscores(QUERIES * KEYS), dq(QUERIES * width);
@@ -323,95 +357,89 @@ void attention_backward(const Line* line_, const stored* out, const float* lse, 
                                  {k_across.data + head * of_head, k_along.data + head * of_head,
                                   v_across.data + head * of_head, nullptr});
 #pragma omp for collapse(2) schedule(dynamic)
-            for (int part = 0; part < line.kv_heads * parts; part++)
-                for (int tree = 0; tree < line.trees; tree++) {
-                    const int kv_head = part / parts;
-                    const long of_kv = kv_head * of_head;
-                    float *dk = dk_all + part * of_gradients, *dv = dv_all + part * of_gradients;
-                    int block = part % parts;
-                    for (int s : trees[tree]) {
+            for (int t = 0; t < share_count; t++)
+                for (int kv_head = 0; kv_head < line.kv_heads; kv_head++) {
+                    const Share& share = shares[t];
+                    const long of_kv = kv_head * of_head, sums = (kv_head * parts + share.part) * of_gradients;
+                    float *dk = dk_all + sums, *dv = dv_all + sums;
+                    for (int s : share.segments) {
                         const Segment& segment = line.segments[s];
                         const long from = (long)segment.packed * width;
                         const long size = (long)(segment.end - segment.start + 15) / 16 * 16 * width;
                         std::memset(dk + from, 0, sizeof(float) * size);
                         std::memset(dv + from, 0, sizeof(float) * size);
                     }
-                    for (int s : trees[tree]) {
-                        const Segment& segment = line.segments[s];
-                        const int length = segment.end - segment.start, blocks = (length + QUERIES - 1) / QUERIES;
-                        for (int i = 0; i < group * blocks; i++) {
-                            if (block++ % parts) continue;
-                            const int head = kv_head * group + i / blocks, begin = i % blocks * QUERIES;
-                            const int end = std::min(begin + QUERIES, length), count = end - begin;
-                            const int even = (count + 1) / 2 * 2;
-                            for (int i = 0; i < count; i++) {
-                                const int token = segment.start + begin + i;
-                                const long at = ((long)token * line.heads + head) * width;
-                                if (i + AHEAD < count) {
-                                    const long later = at + (long)AHEAD * line.heads * width;
-                                    fetch(line.head(token + AHEAD, head), width);
-                                    fetch(out + later, width);
-                                    fetch(dout + later, width);
+                    for (const Block& block : share.blocks) {
+                        const Segment& segment = line.segments[block.segment];
+                        const int head = kv_head * group + block.member, begin = block.begin, end = block.end;
+                        const int count = end - begin, even = (count + 1) / 2 * 2;
+                        for (int i = 0; i < count; i++) {
+                            const int token = segment.start + begin + i;
+                            const long at = ((long)token * line.heads + head) * width;
+                            if (i + AHEAD < count) {
+                                const long later = at + (long)AHEAD * line.heads * width;
+                                fetch(line.head(token + AHEAD, head), width);
+                                fetch(out + later, width);
+                                fetch(dout + later, width);
+                            }
+                            read_rotated(line, token, head, q.data + i * width);
+                            Floats along = zeros();
+                            for (int d = 0; d < width; d += 16)
+                                along = fma(load(dout + at + d), load(out + at + d), along);
+                            copy_row(dout + at, width, dy.data + i * width);
+                            delta[i] = sum_of_lanes(along);
+                            log_sum[i] = lse[(long)head * line.tokens + token];
+                        }
+                        if (even > count) {
+                            std::memset(q.data + count * width, 0, sizeof(element) * width);
+                            std::memset(dy.data + count * width, 0, sizeof(element) * width);
+                        }
+                        lay_along(q.data, width, even, width, q_along.data);
+                        lay_along(dy.data, width, even, width, dout_along.data);
+                        std::memset(dq.data, 0, sizeof(float) * count * width);
+                        const Floats scale = spread(line.scaling * LOG2_E), scaling = spread(line.scaling);
+                        for_key_blocks(line, segment, begin, end, [&](const Sight& sight, int key_index) {
+                            const int blocks = sight.count / 16;
+                            multiply<false>(count, blocks, terms, (const term*)q.data, terms, 1,
+                                            k_across.data + of_kv + (long)sight.packed * terms, 16, (long)terms * 16,
+                                            scores.data, KEYS);
+                            multiply<false>(count, blocks, terms, (const term*)dy.data, terms, 1,
+                                            v_across.data + of_kv + (long)sight.packed * terms, 16, (long)terms * 16,
+                                            dscores.data, KEYS);
+                            for (int i = 0; i < even; i += 2) {
+                                Query both[2];
+                                bool all = true;
+                                for (int r = 0; r < 2; r++) {
+                                    const int row = i + r < count ? i + r : i;  // behind the last: nothing is seen
+                                    both[r] = {scores.data + row * KEYS,
+                                               dscores.data + row * KEYS,
+                                               log_sum[row],
+                                               delta[row],
+                                               0,
+                                               0};
+                                    if (i + r < count)
+                                        seen(sight, key_index, begin + row, segment.position + begin + row, line.window,
+                                             &both[r].from, &both[r].to);
+                                    all = all && both[r].from == 0 && both[r].to >= sight.count;
                                 }
-                                read_rotated(line, token, head, q.data + i * width);
-                                Floats along = zeros();
-                                for (int d = 0; d < width; d += 16)
-                                    along = fma(load(dout + at + d), load(out + at + d), along);
-                                copy_row(dout + at, width, dy.data + i * width);
-                                delta[i] = sum_of_lanes(along);
-                                log_sum[i] = lse[(long)head * line.tokens + token];
+                                (all ? weigh_two<true> : weigh_two<false>)(both, sight.count, scale, scaling,
+                                                                           weights_along.data + i / ELEMENTS * KEYS,
+                                                                           dscores_along.data + i / ELEMENTS * KEYS,
+                                                                           dscores_rows.data + i * KEYS);
                             }
-                            if (even > count) {
-                                std::memset(q.data + count * width, 0, sizeof(element) * width);
-                                std::memset(dy.data + count * width, 0, sizeof(element) * width);
-                            }
-                            lay_along(q.data, width, even, width, q_along.data);
-                            lay_along(dy.data, width, even, width, dout_along.data);
-                            std::memset(dq.data, 0, sizeof(float) * count * width);
-                            const Floats scale = spread(line.scaling * LOG2_E), scaling = spread(line.scaling);
-                            for_key_blocks(line, segment, begin, end, [&](const Sight& sight, int key_index) {
-                                const int blocks = sight.count / 16;
-                                multiply<false>(count, blocks, terms, (const term*)q.data, terms, 1,
-                                                k_across.data + of_kv + (long)sight.packed * terms, 16,
-                                                (long)terms * 16, scores.data, KEYS);
-                                multiply<false>(count, blocks, terms, (const term*)dy.data, terms, 1,
-                                                v_across.data + of_kv + (long)sight.packed * terms, 16,
-                                                (long)terms * 16, dscores.data, KEYS);
-                                for (int i = 0; i < even; i += 2) {
-                                    Query both[2];
-                                    bool all = true;
-                                    for (int r = 0; r < 2; r++) {
-                                        const int row = i + r < count ? i + r : i;  // behind the last: nothing is seen
-                                        both[r] = {scores.data + row * KEYS,
-                                                   dscores.data + row * KEYS,
-                                                   log_sum[row],
-                                                   delta[row],
-                                                   0,
-                                                   0};
-                                        if (i + r < count)
-                                            seen(sight, key_index, begin + row, segment.position + begin + row,
-                                                 line.window, &both[r].from, &both[r].to);
-                                        all = all && both[r].from == 0 && both[r].to >= sight.count;
-                                    }
-                                    (all ? weigh_two<true> : weigh_two<false>)(both, sight.count, scale, scaling,
-                                                                               weights_along.data + i / ELEMENTS * KEYS,
-                                                                               dscores_along.data + i / ELEMENTS * KEYS,
-                                                                               dscores_rows.data + i * KEYS);
-                                }
-                                multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)dscores_rows.data,
-                                               KEYS / ELEMENTS, 1, k_along.data + of_kv + (long)sight.packed * terms,
-                                               width, 16, dq.data, width);
-                                const long keys_at = (long)sight.packed * width;
-                                multiply<true>(sight.count, vectors, even / ELEMENTS, dscores_along.data, 1, KEYS,
-                                               q_along.data, width, 16, dk + keys_at, width);
-                                multiply<true>(sight.count, vectors, even / ELEMENTS, weights_along.data, 1, KEYS,
-                                               dout_along.data, width, 16, dv + keys_at, width);
-                            });
-                            for (int i = 0; i < count; i++) {
-                                const int token = segment.start + begin + i;
-                                stored* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
-                                write_unrotated(line, dq.data + i * width, token, to);
-                            }
+                            multiply<true>(count, vectors, sight.count / ELEMENTS, (const term*)dscores_rows.data,
+                                           KEYS / ELEMENTS, 1, k_along.data + of_kv + (long)sight.packed * terms, width,
+                                           16, dq.data, width);
+                            const long keys_at = (long)sight.packed * width;
+                            multiply<true>(sight.count, vectors, even / ELEMENTS, dscores_along.data, 1, KEYS,
+                                           q_along.data, width, 16, dk + keys_at, width);
+                            multiply<true>(sight.count, vectors, even / ELEMENTS, weights_along.data, 1, KEYS,
+                                           dout_along.data, width, 16, dv + keys_at, width);
+                        });
+                        for (int i = 0; i < count; i++) {
+                            const int token = segment.start + begin + i;
+                            stored* to = dqkv + ((long)token * (line.heads + 2 * line.kv_heads) + head) * width;
+                            write_unrotated(line, dq.data + i * width, token, to);
                         }
                     }
                 }

@@ -275,12 +275,6 @@ void mlp_backward(const Projection* gate_up_, const Projection* down_, int token
                             store(to, d * up * slope);
                             store(to + width, d * silu);
                         }
-                    if (k + COLUMNS < width)
-                        for (int i = 0; i < rows; i++) {
-                            const bf16* next = gate_up_kept + (long)(token + i) * 2 * width + k + COLUMNS;
-                            fetch(next, COLUMNS);
-                            fetch(next + width, COLUMNS);
-                        }
                 };
                 input_gradient(
                     q, laid_down, token, rows, out.data, down_row, [&](int) { return sums.data; }, COLUMNS,
