@@ -27,6 +27,23 @@ void share(int vocabulary, int panel, int* from, int* to) {
     *to = std::min(vocabulary, (int)((long)panels * (me + 1) / threads) * panel);
 }
 
+// The panel behind this one: it comes from memory while this one is multiplied, a share of it with each token.
+struct NextPanel {
+    const bf16* at;
+    long left;
+    int share;
+    NextPanel(const bf16* weight, int word, int until, int words, int width, int tokens)
+        : at(weight + (long)word * width),
+          left((long)std::clamp(until - word, 0, words) * width),
+          share((words * width / tokens + 31) / 32 * 32) {}
+    void fetch_share() {
+        const int some = (int)std::min<long>(share, left);
+        fetch(at, some);
+        at += some;
+        left -= some;
+    }
+};
+
 }  // namespace
 
 extern "C" {
@@ -63,7 +80,9 @@ void head_forward(int tokens, int width, int vocabulary, int threads, const bf16
                     }
                     lay_across(rows, width, width, panel.data + (long)g * terms * 16);
                 }
+                NextPanel next(weight, v + WORDS, to, WORDS, width, tokens);
                 for (int i = 0; i < tokens; i++) {
+                    next.fetch_share();
                     if (i % ROWS == 0)
                         multiply<false>(std::min(ROWS, tokens - i), vectors, terms,
                                         (const term*)(read.data + (long)i * width), terms, 1, panel.data, 16,
@@ -124,7 +143,9 @@ void head_backward(int tokens, int width, int vocabulary, int threads, const bf1
                     rows = last.data;
                 }
                 lay_along(rows, width, even, width, panel.data);
+                NextPanel next(weight, v + WORDS_BACK, to, WORDS_BACK, width, tokens);
                 for (int i = 0; i < tokens; i++) {
+                    next.fetch_share();
                     element* to_row = dlogits.data + i % ROWS * WORDS_BACK;
                     const Floats shift = spread(lse[i] * LOG2_E), by = spread(times[i]);
                     for (int n = 0; n < words; n += 16) {
