@@ -86,9 +86,11 @@ class FastLayer(InPlace):
         known: dict[Any, Ready | None] = self.__dict__.get("_known", {})
         if (key := (dtype, self.training, torch.is_grad_enabled())) not in known:
             parts = self._parts(dtype)
-            norms = Norm.of(self.input_layernorm), Norm.of(self.post_attention_layernorm)
-            known[key] = None if parts is None else Ready(parts, norms, self._attention())
+            known[key] = None if parts is None else Ready(parts, self._norms(), self._attention())
         return known[key]
+
+    def _norms(self) -> tuple[Norm, Norm]:
+        return Norm.of(self.input_layernorm), Norm.of(self.post_attention_layernorm)
 
     def _attention(self) -> Attention:
         attention = self.self_attn

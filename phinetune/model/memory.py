@@ -130,7 +130,10 @@ def _worked_with(model: Any, batch: Batch) -> int:
             keys = batch.tokens * (batch.longest + queries) // (2 * queries)  # of all blocks of queries
             attention = 4 * keys * kv_heads * width * element  # gradients of keys and values, and again side by side
     if _is_blockwise(model):
-        mlp = 2 * hidden * element * batch.tokens + 3 * hidden * intermediate * native.element_bytes()  # laid out
+        heads, kv_heads, width = _heads(config)
+        within = hidden + (2 * heads + 2 * kv_heads) * width  # gradients behind attention, of it, and of q, k and v
+        laid_out = 3 * hidden * intermediate * native.element_bytes()
+        mlp = (2 * hidden + within) * element * batch.tokens + laid_out
     else:
         mlp = (4 * (hidden + intermediate) * batch.tokens + hidden * intermediate * 2 * on_cpu) * element
     vocabulary = int(config.vocab_size)
