@@ -79,7 +79,16 @@ class FastLayer(InPlace):
             return output
         with torch.autocast(hidden_states.device.type, enabled=False):
             x_TD, cos_TR, sin_TR = (tensor.squeeze(0).to(dtype) for tensor in (hidden_states, *position_embeddings))
-            return _flat(x_TD, cos_TR, sin_TR, paths, ready).to(hidden_states.dtype)[None]
+            return self._flat(x_TD, cos_TR, sin_TR, paths, ready).to(hidden_states.dtype)[None]
+
+    def _flat(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, paths: Sequence[Path], ready: Ready) -> Tensor:
+        if ready.serves(x_TD):
+            return whole.decoder_layer(x_TD, cos_TR, sin_TR, paths, ready)
+        parts, (norm, norm_mlp), (kv_heads, scaling, window, head_width) = ready.parts, ready.norms, ready.attention
+        qkv_TN = norm_linears(x_TD, *norm, parts.qkv)
+        attended_TN = rotary_attention(qkv_TN, cos_TR, sin_TR, kv_heads, paths, scaling, window, head_width)
+        x_TD = linear_add(attended_TN, x_TD, parts.o)
+        return norm_gated_mlp(x_TD, *norm_mlp, parts.gate_up, parts.down)
 
     def _ready(self, dtype: torch.dtype) -> Ready | None:
         """The layer as it is; None if the fast path isn't for it.  Looked at once while `settled`."""
@@ -131,16 +140,6 @@ class FastLayer(InPlace):
                 return None
             parts.append(side_by_side([projection for projection in projections if projection is not None]))
         return Parts(*parts)
-
-
-def _flat(x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor, paths: Sequence[Path], ready: Ready) -> Tensor:
-    if ready.serves(x_TD):
-        return whole.decoder_layer(x_TD, cos_TR, sin_TR, paths, ready)
-    parts, (norm, norm_mlp), (kv_heads, scaling, window, head_width) = ready.parts, ready.norms, ready.attention
-    qkv_TN = norm_linears(x_TD, *norm, parts.qkv)
-    attended_TN = rotary_attention(qkv_TN, cos_TR, sin_TR, kv_heads, paths, scaling, window, head_width)
-    x_TD = linear_add(attended_TN, x_TD, parts.o)
-    return norm_gated_mlp(x_TD, *norm_mlp, parts.gate_up, parts.down)
 
 
 @contextlib.contextmanager
