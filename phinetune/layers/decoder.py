@@ -4,7 +4,8 @@
     linear_add       attention's output -> o, added to the residual
     norm_gated_mlp   x -> norm -> gate, up -> silu(gate) · up -> down, added to x
 
-In bfloat16 on a CPU they are C++ (blockwise.py); here they are in plain products, for everything else.
+In bfloat16 on a CPU they are C++ (blockwise.py; where all of a layer is, it is one function: whole.py); here they are
+in plain products, for everything else.
 
 Each keeps what can't be made again cheaply: its input, the thin products x Aᵀ, the norm's statistics, and of the MLP
 gate and up.  Norms and activations are made again in the backward pass, where they cost a pass over memory.  Base

@@ -4,7 +4,7 @@ decoder.py has the parts, each an autograd function of its own (blockwise.py, ke
 kernels compute some.  Beside the kernels of a small model, what Python and torch do for each function and each tensor
 is a twentieth of a step; here they do it once a layer, whose activations lie in one piece of memory.
 
-Shape suffixes as in decoder.py; H heads, J those of q, k and v.
+Shape suffixes as in decoder.py; H heads.
 """
 
 import ctypes
