@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phinetune.kernels.products import product
+from phinetune.kernels.products import add_product_, product
 from phinetune.kernels.quantised import QuantisedWeight
 
 
@@ -36,6 +36,16 @@ class DequantisedForProducts(QuantisedWeight):
 
     def input_gradient(self, dy_TN: Tensor) -> Tensor:
         return product(dy_TN.to(self.compute_dtype), self.dequantise(self.compute_dtype)).to(dy_TN.dtype)
+
+    def add_linear_(self, y_TN: Tensor, x_TK: Tensor) -> Tensor:
+        if x_TK.dtype != self.compute_dtype:  # what is in y isn't rounded to that
+            return y_TN.add_(self.linear(x_TK))
+        return add_product_(y_TN, x_TK, self.dequantise(self.compute_dtype).T)
+
+    def add_input_gradient_(self, dx_TK: Tensor, dy_TN: Tensor) -> Tensor:
+        if dy_TN.dtype != self.compute_dtype:
+            return dx_TK.add_(self.input_gradient(dy_TN))
+        return add_product_(dx_TK, dy_TN, self.dequantise(self.compute_dtype))
 
     def cast(self, plain_NK: Tensor) -> Any:
         """Quantising again would change the numbers, in silence."""

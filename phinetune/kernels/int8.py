@@ -65,6 +65,16 @@ class Int8Weight(QuantisedWeight):
     def input_gradient(self, dy_TN: Tensor) -> Tensor:
         return input_gradient(dy_TN, self)
 
+    def add_linear_(self, y_TN: Tensor, x_TK: Tensor) -> Tensor:
+        if not _is_supported(x_TK) or _are_few(x_TK, self):
+            return y_TN.add_(linear(x_TK, self))
+        return _product(x_TK, None, self.codes.T, self.scale, None, y_TN)
+
+    def add_input_gradient_(self, dx_TK: Tensor, dy_TN: Tensor) -> Tensor:
+        if not _is_supported(dy_TN):
+            return dx_TK.add_(input_gradient(dy_TN, self))
+        return _product(dy_TN, self.scale, self.codes, None, None, dx_TK)
+
     def quantised_alike(self, plain_NK: Tensor) -> "Int8Weight":
         return quantise(plain_NK)
 
@@ -83,7 +93,7 @@ def linear(x_TK: Tensor, weight: Int8Weight, bias_N: Tensor | None = None) -> Te
         return cast(Tensor, _Linear.apply(x_TK, weight, bias_N))
     if not _is_supported(x_TK):
         return linear_reference(x_TK, weight, bias_N)
-    if 0 < x_TK.shape[0] <= FEW and not any(size % 64 for size in weight.shape):  # it reads past the end of others
+    if _are_few(x_TK, weight):
         y_TN = torch._weight_int8pack_mm(
             x_TK.contiguous(), weight.codes, torch.ones_like(weight.scale, dtype=x_TK.dtype)
         )
@@ -131,10 +141,15 @@ class _Linear(torch.autograd.Function):
 
 @torch.no_grad()
 def _product(
-    a_TK: Tensor, in_scale_K: Tensor | None, codes_KN: Tensor, out_scale_N: Tensor | None, bias_N: Tensor | None
+    a_TK: Tensor,
+    in_scale_K: Tensor | None,
+    codes_KN: Tensor,
+    out_scale_N: Tensor | None,
+    bias_N: Tensor | None,
+    added_to: Tensor | None = None,
 ) -> Tensor:
-    """(a · in_scale) @ codes · out_scale + bias, (T, N) in a's dtype."""
-    y_TN = a_TK.new_empty(a_TK.shape[0], codes_KN.shape[1])
+    """(a · in_scale) @ codes · out_scale + bias, (T, N) in a's dtype; added to what is there already, where given."""
+    y_TN = a_TK.new_empty(a_TK.shape[0], codes_KN.shape[1]) if added_to is None else added_to
     if y_TN.numel() == 0:
         return y_TN
     a_TK = a_TK.contiguous()
@@ -153,9 +168,8 @@ def _product(
         cell = y_TN[rows, columns]
         sums = scratch.resize_(cell.numel()).view(cell.shape)
         torch._int_mm(q_TK[rows], codes_KN[:, columns], out=sums)
-        _finish(
-            sums, rows_T1[rows], outliers_TO[rows], codes_ON[:, columns], out_scale_N[columns], bias_N[columns], cell
-        )
+        of_rows, of_columns = (rows_T1[rows], outliers_TO[rows]), (out_scale_N[columns], bias_N[columns])
+        _finish(sums, *of_rows, codes_ON[:, columns], *of_columns, cell, added_to is not None)
     return y_TN
 
 
@@ -191,12 +205,14 @@ def _finish(
     scale_N: Tensor,
     bias_N: Tensor,
     out: Tensor,
+    adds: bool,
 ) -> None:
     """A cell of y: sums · rows · scale, with what the outliers add; the loop is unrolled into one pass."""
     y = sums.float() * rows_T1
     for i in range(codes_ON.shape[0]):
         y = y + outliers_TO[:, i : i + 1] * codes_ON[i]
-    out.copy_(y * scale_N + bias_N)
+    y = y * scale_N + bias_N
+    out.copy_(y + out if adds else y)
 
 
 @compiled
@@ -207,6 +223,11 @@ def _dequantise_weight(codes_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) ->
 def _is_supported(a_TK: Tensor) -> bool:
     wide = a_TK.shape[1] > OUTLIERS  # else all of it is an outlier; of one column torch 2.13 makes wrong products
     return wide and a_TK.device.type == "cpu" and a_TK.dtype in FLOATS and _is_fast() and _is_exact()
+
+
+def _are_few(x_TK: Tensor, weight: Int8Weight) -> bool:
+    """Whether torch's product for generation is for these; of other sizes it reads past the end."""
+    return 0 < x_TK.shape[0] <= FEW and not any(size % 64 for size in weight.shape)
 
 
 @functools.cache

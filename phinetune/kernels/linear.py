@@ -17,6 +17,13 @@ def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, out: T
     return product(x_TK, weight_NK.T, bias_N, out)
 
 
+def add_linear_(y_TN: Tensor, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """y += x Wᵀ, in place, each sum rounded once."""
+    if isinstance(weight_NK, QuantisedWeight):
+        return weight_NK.add_linear_(y_TN, x_TK)
+    return add_product_(y_TN, x_TK, weight_NK.T)
+
+
 def input_gradient(dy_TN: Tensor, weight_NK: Tensor) -> Tensor:
     """dy W, (T, K)."""
     if isinstance(weight_NK, QuantisedWeight):
@@ -25,7 +32,7 @@ def input_gradient(dy_TN: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 def add_input_gradient_(dx_TK: Tensor, dy_TN: Tensor, weight_NK: Tensor) -> Tensor:
-    """dx += dy W, in place."""
+    """dx += dy W, in place, each sum rounded once."""
     if isinstance(weight_NK, QuantisedWeight):
-        return dx_TK.add_(weight_NK.input_gradient(dy_TN))
+        return weight_NK.add_input_gradient_(dx_TK, dy_TN)
     return add_product_(dx_TK, dy_TN, weight_NK)

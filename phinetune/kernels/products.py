@@ -28,15 +28,23 @@ PANEL_BYTES = 1_500_000
 SMALLEST_PANEL = 96  # rows: below it fp32 products lose their speed
 
 
-def product(a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """a @ b (+ bias), (M, N), in a's dtype; written into `out` (some columns of a matrix, say) where one is given."""
+def product(
+    a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None, out: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
+    """alpha · a @ b (+ bias), (M, N), in a's dtype; written into `out` (some columns of a matrix, say) where one is
+    given."""
     if not _is_left_to_us(a_MK):
-        return torch.mm(a_MK, b_KN, out=out) if bias_N is None else torch.addmm(bias_N, a_MK, b_KN, out=out)
+        if bias_N is not None:
+            return torch.addmm(bias_N, a_MK, b_KN, alpha=alpha, out=out)
+        if alpha == 1:
+            return torch.mm(a_MK, b_KN, out=out)
     y_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1]) if out is None else out
+    if not _is_left_to_us(a_MK):
+        return y_MN.addmm_(a_MK, b_KN, beta=0, alpha=alpha)
     if _is_native(a_MK, b_KN, y_MN):
-        return _native_product(a_MK, b_KN, bias_N, y_MN)
+        return _native_product(a_MK, b_KN, bias_N, y_MN, alpha)
     for rows, columns, cell in _cells(a_MK, b_KN):
-        y_MN[rows, columns] = cell if bias_N is None else cell + bias_N[columns]
+        y_MN[rows, columns] = cell.mul_(alpha) if bias_N is None else cell.mul_(alpha).add_(bias_N[columns])
     return y_MN
 
 

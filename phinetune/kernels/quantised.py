@@ -48,6 +48,14 @@ class QuantisedWeight(Tensor):
         """dy W, (T, K) in dy's dtype: the gradient of what `linear` was given."""
         raise NotImplementedError
 
+    def add_linear_(self, y_TN: Tensor, x_TK: Tensor) -> Tensor:
+        """y += x Wᵀ, in place, each sum rounded once; for no gradient."""
+        raise NotImplementedError
+
+    def add_input_gradient_(self, dx_TK: Tensor, dy_TN: Tensor) -> Tensor:
+        """dx += dy W, in place, each sum rounded once."""
+        raise NotImplementedError
+
     def quantised_alike(self, plain_NK: Tensor) -> Self:
         """Plain numbers, quantised as this weight is."""
         raise NotImplementedError

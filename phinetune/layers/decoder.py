@@ -21,17 +21,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phinetune.kernels.gated import silu_mul, silu_mul_backward
-from phinetune.kernels.linear import add_input_gradient_, input_gradient, linear
+from phinetune.kernels.linear import add_input_gradient_, add_linear_, input_gradient, linear
 from phinetune.kernels.norm import rms_norm, rms_norm_again, rms_norm_backward
 from phinetune.layers import blockwise
 from phinetune.lora.functional import (
     Factors,
     Projection,
-    add_low_rank_,
-    add_low_rank_input_gradient_,
     draw_dropout,
     gradient_of_A,
+    low_rank_,
     low_rank_backward,
+    low_rank_input_gradient,
 )
 
 
@@ -65,26 +65,29 @@ class _Kept(NamedTuple):
 
 
 def _project(x_TK: Tensor, layers: Projection) -> tuple[Tensor, _Kept]:
-    if len(layers.weights) == 1:
-        y_TN = linear(x_TK, layers.weights[0], layers.biases[0])
-    else:
-        y_TN = x_TK.new_empty(x_TK.shape[0], layers.outputs[-1].stop)
+    y_TN = x_TK.new_empty(x_TK.shape[0], layers.outputs[-1].stop)
+    if (factors := layers.factors) is None:
         for weight, bias, columns in zip(layers.weights, layers.biases, layers.outputs, strict=True):
             linear(x_TK, weight, bias, out=y_TN[:, columns])
-    if (factors := layers.factors) is None:
         return y_TN, _Kept(None, None)
     keep_TK = draw_dropout(x_TK, layers.dropout_p)
-    return y_TN, _Kept(add_low_rank_(y_TN, x_TK, factors, keep_TK, layers.dropout_p), keep_TK)
+    thin_TR = low_rank_(y_TN, x_TK, factors, layers.bias, keep_TK, layers.dropout_p)
+    for weight, columns in zip(layers.weights, layers.outputs, strict=True):
+        add_linear_(y_TN[:, columns], x_TK, weight)
+    return y_TN, _Kept(thin_TR, keep_TK)
 
 
 def _input_gradient(
     dy_TN: Tensor, dthin_TR: Tensor | None, layers: Projection, factors: Factors | None, kept: _Kept
 ) -> Tensor:
-    dx_TK = input_gradient(dy_TN[:, layers.outputs[0]], layers.weights[0])
-    for weight, columns in zip(layers.weights[1:], layers.outputs[1:], strict=True):
-        add_input_gradient_(dx_TK, dy_TN[:, columns], weight)
+    terms = list(zip(layers.weights, layers.outputs, strict=True))
     if factors is not None and dthin_TR is not None:
-        add_low_rank_input_gradient_(dx_TK, dthin_TR, factors, kept.keep_TK, layers.dropout_p)
+        dx_TK = low_rank_input_gradient(dthin_TR, factors, kept.keep_TK, layers.dropout_p)
+    else:
+        weight, columns = terms.pop(0)
+        dx_TK = input_gradient(dy_TN[:, columns], weight)
+    for weight, columns in terms:
+        add_input_gradient_(dx_TK, dy_TN[:, columns], weight)
     return dx_TK
 
 

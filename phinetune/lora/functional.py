@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phinetune.kernels.linear import input_gradient, linear
+from phinetune.kernels.linear import add_input_gradient_, add_linear_
 from phinetune.kernels.pieces import empty_rows
 from phinetune.kernels.products import add_product_, product
 from phinetune.kernels.quantised import QuantisedWeight
@@ -72,6 +72,14 @@ class Projection(NamedTuple):
         """The columns of y that each weight makes."""
         ends = list(itertools.accumulate(weight.shape[0] for weight in self.weights))
         return [slice(end - weight.shape[0], end) for end, weight in zip(ends, self.weights, strict=True)]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases side by side, (N,), zeros where a layer has none; None where none has one."""
+        if all(bias is None for bias in self.biases):
+            return None
+        pairs = zip(self.weights, self.biases, strict=True)
+        return torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in pairs])
 
     @property
     def trained(self) -> tuple[Tensor, ...]:
@@ -185,15 +193,37 @@ def draw_dropout(x_TK: Tensor, dropout_p: float) -> Tensor | None:
     return empty_rows(x_TK, *x_TK.shape, dtype=torch.bool).bernoulli_(1 - dropout_p) if dropout_p > 0 else None
 
 
-def add_low_rank_(
-    y_TN: Tensor, x_TK: Tensor, factors: Factors, keep_TK: Tensor | None = None, dropout_p: float = 0.0
+def low_rank_(
+    y_TN: Tensor,
+    x_TK: Tensor,
+    factors: Factors,
+    bias_N: Tensor | None = None,
+    keep_TK: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """y += s · (drop(x) Aᵀ) Bᵀ in place; returns the thin product drop(x) Aᵀ, (T, R), which the gradients need."""
+    """y = s · (drop(x) Aᵀ) Bᵀ + b, written over what y was; returns the thin product drop(x) Aᵀ, (T, R), which the
+    gradients need.
+
+    x Wᵀ is to be added to it, and not it to x Wᵀ: bfloat16 then rounds the sum once.  Of an update added to a product
+    that is rounded already, all that is smaller than half a unit in that one's last place is lost, each time.
+    """
     A_RK, cast_B = factors.lora_A.to(x_TK.dtype), factors.lora_B.to(x_TK.dtype)
     thin_TR = product(_dropped(x_TK, keep_TK, dropout_p), A_RK.T)
-    for block in factors.blocks:
-        add_product_(y_TN[:, block.out], thin_TR[:, block.a], block.read_B(cast_B).T, block.scaling)
+    terms = [(block, thin_TR[:, block.a], block.read_B(cast_B).T) for block in factors.blocks]
+    if _lie_side_by_side(factors.blocks, y_TN.shape[1]):
+        for block, thin, B in terms:
+            product(thin, B, None if bias_N is None else bias_N[block.out], y_TN[:, block.out], block.scaling)
+    else:
+        y_TN.copy_(y_TN.new_zeros(()) if bias_N is None else bias_N)
+        for block, thin, B in terms:
+            add_product_(y_TN[:, block.out], thin, B, block.scaling)
     return thin_TR
+
+
+def _lie_side_by_side(blocks: tuple[Block, ...], out_features: int) -> bool:
+    """Whether each row of y is written by one of them."""
+    outs = sorted((block.out.start, block.out.stop) for block in blocks)
+    return [start for start, _ in outs] + [out_features] == [0] + [stop for _, stop in outs]
 
 
 def low_rank_backward(dy_TN: Tensor, thin_TR: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -212,15 +242,9 @@ def gradient_of_A(dthin_TR: Tensor, x_TK: Tensor, factors: Factors, keep_TK: Ten
     return product(dthin_TR.T, _dropped(x_TK, keep_TK, dropout_p)).to(factors.lora_A.dtype)
 
 
-def add_low_rank_input_gradient_(
-    dx_TK: Tensor, dthin_TR: Tensor, factors: Factors, keep_TK: Tensor | None, dropout_p: float
-) -> Tensor:
-    """dx += the gradient that comes through A, in place."""
-    A_RK = factors.lora_A.to(dx_TK.dtype)
-    if keep_TK is None:
-        return add_product_(dx_TK, dthin_TR, A_RK)
-    dx_TK += _dropped(product(dthin_TR, A_RK), keep_TK, dropout_p)
-    return dx_TK
+def low_rank_input_gradient(dthin_TR: Tensor, factors: Factors, keep_TK: Tensor | None, dropout_p: float) -> Tensor:
+    """The gradient that comes through A, (T, K), which dy W is to be added to, as in `low_rank_`."""
+    return _dropped(product(dthin_TR, factors.lora_A.to(dthin_TR.dtype)), keep_TK, dropout_p)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -243,8 +267,9 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         x_TK = x.reshape(-1, x.shape[-1])
         keep_TK = draw_dropout(x_TK, dropout_p)
-        y_TN = linear(x_TK, weight, bias)
-        thin_TR = add_low_rank_(y_TN, x_TK, Factors(lora_A, lora_B, blocks), keep_TK, dropout_p)
+        y_TN = x_TK.new_empty(x_TK.shape[0], weight.shape[0])
+        thin_TR = low_rank_(y_TN, x_TK, Factors(lora_A, lora_B, blocks), bias, keep_TK, dropout_p)
+        add_linear_(y_TN, x_TK, weight)
         ctx.save_for_backward(x, weight, lora_A, lora_B, thin_TR, keep_TK)
         ctx.blocks, ctx.dropout_p, ctx.has_bias = blocks, dropout_p, bias is not None
         return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
@@ -263,8 +288,8 @@ class _LoRALinear(torch.autograd.Function):
         if need_A:
             dA = gradient_of_A(dthin_TR, x_TK, factors, keep_TK, ctx.dropout_p)
         if need_x:
-            dx_TK = input_gradient(dy_TN, weight)
-            add_low_rank_input_gradient_(dx_TK, dthin_TR, factors, keep_TK, ctx.dropout_p)
+            dx_TK = low_rank_input_gradient(dthin_TR, factors, keep_TK, ctx.dropout_p)
+            add_input_gradient_(dx_TK, dy_TN, weight)
         return (
             None if dx_TK is None else dx_TK.view_as(x),
             product(dy_TN.T, x_TK) if need_weight else None,
