@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phinetune.kernels.compiled import compiled
-from phinetune.kernels.products import product
+from phinetune.kernels.products import add_product_, product
 from phinetune.kernels.quantised import QuantisedWeight
 
 log = logging.getLogger(__name__)
@@ -66,13 +66,15 @@ class Int8Weight(QuantisedWeight):
         return input_gradient(dy_TN, self)
 
     def add_linear_(self, y_TN: Tensor, x_TK: Tensor) -> Tensor:
-        if not _is_supported(x_TK) or _are_few(x_TK, self):
-            return y_TN.add_(linear(x_TK, self))
+        if not _is_supported(x_TK):
+            return add_product_(y_TN, x_TK, self.dequantise(x_TK.dtype).T)
+        if _are_few(x_TK, self):
+            return y_TN.add_(_product_of_few(x_TK, self))
         return _product(x_TK, None, self.codes.T, self.scale, None, y_TN)
 
     def add_input_gradient_(self, dx_TK: Tensor, dy_TN: Tensor) -> Tensor:
         if not _is_supported(dy_TN):
-            return dx_TK.add_(input_gradient(dy_TN, self))
+            return add_product_(dx_TK, dy_TN, self.dequantise(dy_TN.dtype))
         return _product(dy_TN, self.scale, self.codes, None, None, dx_TK)
 
     def quantised_alike(self, plain_NK: Tensor) -> "Int8Weight":
@@ -94,10 +96,7 @@ def linear(x_TK: Tensor, weight: Int8Weight, bias_N: Tensor | None = None) -> Te
     if not _is_supported(x_TK):
         return linear_reference(x_TK, weight, bias_N)
     if _are_few(x_TK, weight):
-        y_TN = torch._weight_int8pack_mm(
-            x_TK.contiguous(), weight.codes, torch.ones_like(weight.scale, dtype=x_TK.dtype)
-        )
-        return (y_TN * weight.scale + (0 if bias_N is None else bias_N)).to(x_TK.dtype)
+        return (_product_of_few(x_TK, weight) + (0 if bias_N is None else bias_N)).to(x_TK.dtype)
     return _product(x_TK, None, weight.codes.T, weight.scale, bias_N)
 
 
@@ -223,6 +222,12 @@ def _dequantise_weight(codes_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) ->
 def _is_supported(a_TK: Tensor) -> bool:
     wide = a_TK.shape[1] > OUTLIERS  # else all of it is an outlier; of one column torch 2.13 makes wrong products
     return wide and a_TK.device.type == "cpu" and a_TK.dtype in FLOATS and _is_fast() and _is_exact()
+
+
+def _product_of_few(x_TK: Tensor, weight: Int8Weight) -> Tensor:
+    """x Wᵀ in fp32 of sums in x's dtype, by torch's product for generation."""
+    ones_N = torch.ones_like(weight.scale, dtype=x_TK.dtype)
+    return torch._weight_int8pack_mm(x_TK.contiguous(), weight.codes, ones_N) * weight.scale
 
 
 def _are_few(x_TK: Tensor, weight: Int8Weight) -> bool:
