@@ -58,8 +58,8 @@ def shares(call, weight, bias, update):
         call: the layer.
         update: ΔW, (N, K).
     """
-    x = torch.randn(TOKENS, K).bfloat16().requires_grad_()
-    dy = torch.randn(TOKENS, N).bfloat16()
+    x = torch.randn(TOKENS, K).bfloat16().to(weight.device).requires_grad_()
+    dy = torch.randn(TOKENS, N).bfloat16().to(weight.device)
     y = call(x)
     y.backward(dy)
     base = x.detach().double() @ dense(weight).T + (0 if bias is None else bias.double())
@@ -74,6 +74,17 @@ def shares(call, weight, bias, update):
 def test_small_updates_are_in_the_sum(kind):
     torch.manual_seed(0)
     model = ours(kind)
+    update = model[0].delta_weight("number_0").double()
+    forward, backward = shares(model, model[0].weight, model[0].bias, update)
+    assert 0.85 < forward < 1.15 and 0.85 < backward < 1.15, (forward, backward)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", ["plain", "bias", "nf4"])
+def test_on_a_gpu(kind):
+    torch.manual_seed(0)
+    model = ours(kind).to("cuda")
     update = model[0].delta_weight("number_0").double()
     forward, backward = shares(model, model[0].weight, model[0].bias, update)
     assert 0.85 < forward < 1.15 and 0.85 < backward < 1.15, (forward, backward)
