@@ -17,7 +17,7 @@ def run_plan(recipe: Path, overrides: Sequence[str], device: str | None, as_json
         print(word, file=sys.stderr)
 
     from phinetune.cli.quiet import quiet_libraries
-    from phinetune.cli.sigterm import tidied_up
+    from phinetune.cli.signals import tidied_up
     from phinetune.measure.forecast import forecast
 
     quiet_libraries()

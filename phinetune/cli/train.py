@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from phinetune.cli.paths import existing
+from phinetune.cli.signals import leave_to_the_system
 from phinetune.recipe import load_recipe
 
 
 def run_train(recipe: Path, overrides: Sequence[str], resume: bool, overwrite: bool, rehearsal: bool) -> None:
+    leave_to_the_system()
     checkpoints = [argument for argument in overrides if resume and _is_checkpoint(argument)][:1]
     settings = [argument for argument in overrides if argument not in checkpoints]  # a second folder is no setting
     loaded, words = load_recipe(recipe, settings)

@@ -15,7 +15,7 @@ def run_verify_resume(recipe: Path, overrides: Sequence[str], seed: int | None, 
     for word in words:
         print(word, file=sys.stderr)
 
-    from phinetune.cli.sigterm import tidied_up
+    from phinetune.cli.signals import tidied_up
     from phinetune.measure.verify import STEPS, verify_resume
 
     if not as_json:

@@ -30,7 +30,7 @@ from phinetune.layers import blockwise, whole
 from phinetune.layers.decoder import linear_add, norm_gated_mlp, norm_linears
 from phinetune.layers.in_place import InPlace
 from phinetune.layers.projection import computing_dtype, is_watched, projection_of
-from phinetune.layers.whole import Attention, Norm, Parts, Ready
+from phinetune.layers.ready import Attention, Norm, Parts, Ready
 from phinetune.lora.functional import side_by_side
 
 ATTENTIONS = (LlamaAttention, MistralAttention, Phi3Attention, Qwen2Attention)

@@ -1,4 +1,4 @@
-"""Verbs that start processes: SIGTERM ends those too, and removes what was written for them."""
+"""What ends a verb: SIGTERM also what it has started, with what was written for that; SIGINT a run that imports."""
 
 import os
 import signal
@@ -50,3 +50,34 @@ def test_nothing_is_left_of_what_it_started(tmp_path, tiny_llama_folder, chats, 
         while is_alive(pid) and time.monotonic() < until:
             time.sleep(0.05)
         assert not is_alive(pid)
+
+
+INTERRUPTED_IN_A_CALLBACK = """
+import os, signal, sys, weakref
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            watched = type("Watched", (), {})()
+            reference = weakref.ref(watched, lambda _: os.kill(os.getpid(), signal.SIGINT))
+            del watched
+
+sys.meta_path.insert(0, Finder())
+from phinetune.cli import main
+sys.argv = ["phinetune", "train", sys.argv[1]]
+main()
+"""
+
+
+def test_a_signal_during_imports_is_not_lost(tmp_path, tiny_llama_folder, chats):
+    """Where Python prints and forgets what a signal's handler raises."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_llama_folder}\ndata: {{train: {chats}}}\n"
+        f"training_config: {{output_dir: {tmp_path / 'run'}, use_cpu: true, max_steps: 1}}\n"
+    )
+    command = [sys.executable, "-c", INTERRUPTED_IN_A_CALLBACK, str(recipe)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGINT, ended.stderr
+    assert not ended.stderr and not (tmp_path / "run").exists()

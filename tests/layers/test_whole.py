@@ -9,7 +9,7 @@ from conftest import draw_lora_B, relative_error, tiny_model
 from phinetune import lora
 from phinetune.data import Example, lay_out
 from phinetune.kernels import native
-from phinetune.layers import fast, whole
+from phinetune.layers import fast, ready, whole
 from phinetune.model import fused_parts, loss_sum
 
 pytestmark = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_loss_and_gradients(family, targets, taken, monkeypatch):
         loss, of_whole = gradients(model, batches)
         assert len(taken) == 2 * len(batches)
         with monkeypatch.context() as patch:
-            patch.setattr(whole.Ready, "serves", lambda self, x_TD: False)
+            patch.setattr(ready.Ready, "serves", lambda self, x_TD: False)
             in_parts, of_parts = gradients(model, batches)
         assert loss == in_parts, "the forward pass is the same to the bit"
         assert loss == pytest.approx(expected, rel=ROUNDED)
