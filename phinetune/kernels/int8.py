@@ -39,7 +39,7 @@ SAMPLE = 64  # rows in which they are looked for: what stands out does so in nea
 ROWS, CELL = 2048, 1 << 21  # of the sums: rows at most, and elements (8 MB); fewer rows would pack the weight again
 FEW = 4  # rows: up to so many, as in generation, x isn't rounded, since reading the weight is all that takes time
 TINY = 1e-30  # in the place of a scale of 0
-TRIES = 12  # of a product in int8 and in floats, before a processor is called slow in int8
+TRIES, AS_FAST = 8, 1.5  # products in int8 and in floats before a processor is called slow; their time in the others'
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -239,16 +239,18 @@ def _are_few(x_TK: Tensor, weight: Int8Weight) -> bool:
 
 @functools.cache
 def _is_fast() -> bool:
-    """Whether this processor multiplies int8 faster than floats; without VNNI or AMX at a thirtieth of their rate.
+    """Whether this processor is as fast in int8 as in floats; without VNNI or AMX it has a thirtieth of their rate.
 
-    The best of each decides, until int8 is ahead: beside another process one product can take thirty times as long.
+    The best of each decides, until int8 is `AS_FAST`: a product can take thirty times as long beside another process,
+    and half as long again in a heap that is new to it.
     """
-    x, codes = (torch.ones(256, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.int8))
+    x, w = (torch.ones(size, 1024, dtype=torch.bfloat16) for size in (256, 1024))
+    q, codes = x.char(), w.char()
     best = [math.inf, math.inf]
     for tried in range(TRIES):
-        for which, multiply in enumerate((lambda: torch._int_mm(codes, codes.T), lambda: product(x, x.T))):
+        for which, multiply in enumerate((lambda: torch._int_mm(q, codes.T), lambda: product(x, w.T))):
             best[which] = min(best[which], timeit.timeit(multiply, number=1))
-        if tried and best[0] <= best[1]:  # the first one is of cold caches
+        if tried and best[0] <= AS_FAST * best[1]:  # the first one is of cold caches
             return True
     log.warning("this CPU is slow in int8: weights are dequantised for each product, which saves memory alone")
     return False
