@@ -19,13 +19,14 @@ from phinetune import lora
 from phinetune.kernels import flash, loss, native
 from phinetune.kernels.attention import KEPT_KEYS
 from phinetune.kernels.flash import VECTOR
+from phinetune.kernels.int8 import Int8Weight
 from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
 from phinetune.kernels.quantised import QuantisedWeight
 from phinetune.layers import blockwise
 
 # Freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md): where activations leave
-# theirs to the next batch's (kernels/pieces.py), and elsewhere.
-SCATTERED, SCATTERED_IN_PLAIN_TORCH = 1.15, 1.3
+# theirs to the next batch's (kernels/pieces.py), elsewhere, and with int8's codes of activations among them.
+SCATTERED, SCATTERED_IN_PLAIN_TORCH, SCATTERED_IN_INT8 = 1.15, 1.3, 1.4
 
 
 class Batch(NamedTuple):
@@ -107,6 +108,8 @@ def _trained_with(model: Any) -> int:
 def _scattered(model: Any, size: int) -> int:
     if model.device.type != "cpu":
         return size
+    if _has_int8(model):
+        return int(size * SCATTERED_IN_INT8)
     return int(size * (SCATTERED if _is_blockwise(model) else SCATTERED_IN_PLAIN_TORCH))
 
 
@@ -198,6 +201,10 @@ def _has_flash(model: Any) -> bool:
     if model.device.type != "cpu":
         return True
     return flash.serves(torch.empty(0, 1, _heads(_config(model))[2], dtype=model.dtype))
+
+
+def _has_int8(model: Any) -> bool:
+    return any(isinstance(parameter, Int8Weight) for parameter in model.parameters())
 
 
 def _is_blockwise(model: Any) -> bool:
