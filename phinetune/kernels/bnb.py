@@ -38,7 +38,7 @@ class DequantisedForProducts(QuantisedWeight):
         return product(dy_TN.to(self.compute_dtype), self.dequantise(self.compute_dtype)).to(dy_TN.dtype)
 
     def add_linear_(self, y_TN: Tensor, x_TK: Tensor) -> Tensor:
-        if x_TK.dtype != self.compute_dtype:  # what is in y isn't rounded to that
+        if x_TK.dtype != self.compute_dtype:  # y isn't rounded to that; the product is rounded by itself first
             return y_TN.add_(self.linear(x_TK))
         return add_product_(y_TN, x_TK, self.dequantise(self.compute_dtype).T)
 

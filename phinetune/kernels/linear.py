@@ -18,7 +18,7 @@ def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, out: T
 
 
 def add_linear_(y_TN: Tensor, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """y += x Wᵀ, in place, each sum rounded once."""
+    """y += x Wᵀ, in place, each sum rounded once (but see `QuantisedWeight.add_linear_`)."""
     if isinstance(weight_NK, QuantisedWeight):
         return weight_NK.add_linear_(y_TN, x_TK)
     return add_product_(y_TN, x_TK, weight_NK.T)
@@ -32,7 +32,7 @@ def input_gradient(dy_TN: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 def add_input_gradient_(dx_TK: Tensor, dy_TN: Tensor, weight_NK: Tensor) -> Tensor:
-    """dx += dy W, in place, each sum rounded once."""
+    """dx += dy W, in place, as `add_linear_`."""
     if isinstance(weight_NK, QuantisedWeight):
         return weight_NK.add_input_gradient_(dx_TK, dy_TN)
     return add_product_(dx_TK, dy_TN, weight_NK)

@@ -49,11 +49,11 @@ class QuantisedWeight(Tensor):
         raise NotImplementedError
 
     def add_linear_(self, y_TN: Tensor, x_TK: Tensor) -> Tensor:
-        """y += x Wᵀ, in place, each sum rounded once; for no gradient."""
+        """y += x Wᵀ, in place, each sum rounded once where products are of x's dtype; it records no gradient."""
         raise NotImplementedError
 
     def add_input_gradient_(self, dx_TK: Tensor, dy_TN: Tensor) -> Tensor:
-        """dx += dy W, in place, each sum rounded once."""
+        """dx += dy W, in place, rounded as `add_linear_` does."""
         raise NotImplementedError
 
     def quantised_alike(self, plain_NK: Tensor) -> Self:
