@@ -237,11 +237,12 @@ def main() -> None:
             "rows": f"{asked.batch} a step, of {asked.length // 2} to {asked.length} tokens, neighbours in length",
             "padding": round(padding(steps_of(asked.steps, asked.batch, asked.length)), 4),
             "rounds": asked.rounds,
-            **{kind: in_turns(folder, asked, kind) for kind in asked.kinds},
             "versions": {"phinetune": phinetune.__version__, **{name: installed(name) for name in PACKAGES}},
         }
-    asked.results.parent.mkdir(exist_ok=True)
-    asked.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        for kind in asked.kinds:
+            found[kind] = in_turns(folder, asked, kind)
+            asked.results.parent.mkdir(exist_ok=True)
+            asked.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
 
 

@@ -194,6 +194,7 @@ def test_memory_that_is_refused_halves_the_batch(tiny_llama_folder, tmp_path):
 
 def test_what_is_said_of_the_machine_and_of_a_run(tiny_llama_folder, chats, tmp_path):
     ran = command_line("doctor", "--no-training", "--json")
+    assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert found["device"] == torch.cuda.get_device_name()
     assert found["gpu_memory_gb"]["total"] > 1
