@@ -16,7 +16,7 @@ import phinetune
 from phinetune import lora
 from phinetune.data import Example
 from phinetune.generate import answers
-from phinetune.kernels import attention, compiled, loss, separate, varlen
+from phinetune.kernels import attention, compiled, gated, loss, separate, varlen
 from phinetune.layers import fast
 from phinetune.machine.memory import MemoryPeak, memory_in_use
 from phinetune.model import adapt_model, flat_batches, fused_parts, loss_sum
@@ -109,6 +109,18 @@ def test_fast_layers_and_flat_batches_are_as_on_the_cpu(family, smallest, monkey
     for name, gradient in expected.items():
         assert relative_error(found[name], gradient) < 1e-4, name
         assert relative_error(of_bf16[name], gradient) < 0.1, name
+
+
+def test_another_number_of_tokens_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(compiled, "SMALLEST", 1)
+    counted = torch._dynamo.utils.counters["stats"]
+
+    @torch.no_grad()
+    def graphs(tokens):
+        gated.silu_mul(*torch.randn(tokens, 128, device="cuda").chunk(2, -1))
+        return counted["unique_graphs"]
+
+    assert len({graphs(tokens) for tokens in (300, 4096, 17)}) == 1
 
 
 @pytest.mark.parametrize("recomputed", [0, 2, 4])

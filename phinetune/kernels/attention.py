@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 from phinetune.kernels import flash, varlen
 from phinetune.kernels.compiled import compiled
 from phinetune.kernels.packs import Group, Pack, Path, pack_of
-from phinetune.kernels.rotary import rotate, rotate_backward
+from phinetune.kernels.rotary import rotate, rotate_backward, rotate_backward_side_by_side
 
 KEPT_KEYS = 512  # blocks that see no more keys keep their weights for the backward pass: they are cheaper kept
 
@@ -89,10 +89,7 @@ def rotary_attention(
     if qkv_TN.device.type == "cpu":
         out_THD = _on_cpu(qkv_TJD, cos_TR, sin_TR, kv_heads, paths, scaling, window)
     else:
-        turned_TJD = cast(Tensor, _Rotated.apply(qkv_TJD, cos_TR, sin_TR, qkv_TJD.shape[1] - kv_heads))
-        sizes = [qkv_TJD.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
-        q_THD, k_TKD, v_TKD = turned_TJD.split(sizes, dim=1)
-        out_THD = _by_torch(q_THD, k_TKD, v_TKD, paths, scaling, window)
+        out_THD = _by_torch(*_Rotated.apply(qkv_TJD, cos_TR, sin_TR, kv_heads), paths, scaling, window)
     return out_THD.flatten(1)
 
 
@@ -265,19 +262,19 @@ def _softmax_backward(weights: Tensor, dweights: Tensor, scaling: float) -> Tens
 
 
 class _Rotated(torch.autograd.Function):
-    """Keeps the angles alone, which all layers share."""
+    """(queries (T, H, D) and keys (T, K, D), turned, values (T, K, D)). Keeps the angles alone, which all layers
+    share."""
 
     @staticmethod
-    def forward(ctx: Any, x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, heads: int) -> Tensor:
+    def forward(ctx: Any, qkv_TJD: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_TR, sin_TR)
-        ctx.heads = heads
-        return rotate(x_THD, cos_TR, sin_TR, heads)
+        turned_TJD = rotate(qkv_TJD, cos_TR, sin_TR, qkv_TJD.shape[1] - kv_heads)
+        return turned_TJD.split([qkv_TJD.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor | None, ...]:
-        cos_TR, sin_TR = ctx.saved_tensors
-        return rotate_backward(dy_THD, cos_TR, sin_TR, ctx.heads), None, None, None
+    def backward(ctx: Any, dq_THD: Tensor, dk_TKD: Tensor, dv_TKD: Tensor) -> tuple[Tensor | None, ...]:
+        return rotate_backward_side_by_side(dq_THD, dk_TKD, dv_TKD, *ctx.saved_tensors), None, None, None
 
 
 def _by_torch(

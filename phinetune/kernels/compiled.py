@@ -28,8 +28,9 @@ MOST_VERSIONS = 64  # of one function in one process: for dtypes, and for sizes 
 def compiled(function: Function) -> Function:
     """Compiles a pure function of tensors, whose first argument is the largest, when it is first worth it.
 
-    Sizes are symbolic: another number of tokens compiles nothing.  What is compiled has no gradient, so it is for the
-    inside of autograd functions: where gradients are recorded the function runs as it is.
+    Sizes are symbolic: another number of tokens compiles nothing.  On a GPU those of tokens alone are, which come
+    first, since a division by a symbolic width takes longer there than the pass (docs/log.md).  What is compiled has no
+    gradient, so it is for the inside of autograd functions: where gradients are recorded the function runs as it is.
     """
 
     @functools.wraps(function)
@@ -38,7 +39,7 @@ def compiled(function: Function) -> Function:
         if as_it_is or not can_compile(first.device.type):
             return function(first, *more)
         made = _compile(function, first.device.type)
-        return made(*(a.detach() if isinstance(a, Tensor) else a for a in (first, *more)))
+        return made(*(_as_input(a) if isinstance(a, Tensor) else a for a in (first, *more)))
 
     return call  # type: ignore[return-value]
 
@@ -47,9 +48,17 @@ def compiled(function: Function) -> Function:
 def _compile(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_VERSIONS)
+    if device != "cuda":
+        return torch.compile(function, dynamic=True, fullgraph=True)
     # Where a GPU splits a sum, torch's compiler warns that it can't take a softmax's maximum in the same pass.
-    options: dict[str, Any] | None = {"online_softmax": False} if device == "cuda" else None
-    return torch.compile(function, dynamic=True, fullgraph=True, options=options)
+    return torch.compile(function, dynamic=False, fullgraph=True, options={"online_softmax": False})
+
+
+def _as_input(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.is_cuda and tensor.ndim > 1:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # goes before `dynamic=False`
+    return tensor
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from torch import Tensor
 from phinetune.kernels import native
 
 PANEL_BYTES = 1_500_000
+ALMOST_ONE = 1 + 2**-23  # the float32 behind one: no difference once a sum is rounded to 16 bits
 SMALLEST_PANEL = 96  # rows: below it fp32 products lose their speed
 
 
@@ -49,9 +50,14 @@ def product(
 
 
 def add_product_(y_MN: Tensor, a_MK: Tensor, b_KN: Tensor, alpha: float = 1.0) -> Tensor:
-    """y += alpha · a @ b, in place."""
+    """y += alpha · a @ b, in place, each sum rounded once.
+
+    A GPU's library adds to y by a kernel of its own where it is asked for exactly 1 · y: on an H200 that one rounds the
+    product to 16 bits first, and of a y that is small beside it a third arrives (torch 2.11, CUDA 13.0; docs/log.md).
+    """
     if not _is_left_to_us(a_MK):
-        return y_MN.addmm_(a_MK, b_KN, alpha=alpha)
+        beta = ALMOST_ONE if y_MN.is_cuda and y_MN.element_size() == 2 else 1
+        return y_MN.addmm_(a_MK, b_KN, beta=beta, alpha=alpha)
     if _is_native(a_MK, b_KN, y_MN):
         return _native_product(a_MK, b_KN, None, y_MN, alpha, adds=True)
     for rows, columns, cell in _cells(a_MK, b_KN):

@@ -22,11 +22,16 @@ CGROUP_FILES = [
 
 
 class MemoryPeak:
-    """Samples while a `with` block runs; `gb` is the peak so far, in units of 10⁹ bytes."""
+    """Samples while a `with` block runs; `gb` is the peak so far, in units of 10⁹ bytes.
+
+    A child counts from the second sample on that it is in: where it has just been forked, to start a compiler, say,
+    what it seems to take is its parent's.
+    """
 
     def __init__(self, device: Any = None) -> None:
         self._device = device
         self._peak = 0
+        self._counted: set[int] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-peak", daemon=True)
 
@@ -51,12 +56,18 @@ class MemoryPeak:
             import torch
 
             return torch.cuda.max_memory_allocated(self._device) / 1e9
-        self._peak = max(self._peak, memory_in_use())
+        self._look()
         return self._peak / 1e9
 
     def _watch(self) -> None:
+        before: set[int] = set()
         while not self._stop.wait(INTERVAL):
-            self._peak = max(self._peak, memory_in_use())
+            children = set(_children())
+            self._counted, before = children & before, children
+            self._look()
+
+    def _look(self) -> None:
+        self._peak = max(self._peak, _in_use([os.getpid(), *self._counted]))
 
 
 def memory_in_use(device: Any = None) -> int:
@@ -66,12 +77,7 @@ def memory_in_use(device: Any = None) -> int:
         import torch
 
         return torch.cuda.memory_allocated(device)
-    if not sys.platform.startswith("linux"):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return sum(_anonymous_and_shared(pid) for pid in _process_tree(os.getpid()))
+    return _in_use([os.getpid(), *_children()])
 
 
 def memory_free(device: Any = None) -> int:
@@ -114,15 +120,25 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _process_tree(pid: int) -> list[int]:
-    pids = [pid]
+def _children() -> list[int]:
+    """Of this process, and theirs; none off Linux."""
+    pids = [os.getpid()]
     for known in pids:  # grows while it is walked
         for task in Path(f"/proc/{known}/task").glob("*/children"):
             try:
                 pids += map(int, task.read_text().split())
             except OSError:
                 pass
-    return pids
+    return pids[1:]
+
+
+def _in_use(pids: list[int]) -> int:
+    if not sys.platform.startswith("linux"):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return sum(map(_anonymous_and_shared, pids))
 
 
 def _anonymous_and_shared(pid: int) -> int:

@@ -26,7 +26,7 @@ from phinetune.layers import blockwise
 
 # Freed memory that lies in pieces too small to be used again, in glibc's heap (docs/log.md): where activations leave
 # theirs to the next batch's (kernels/pieces.py), elsewhere, and with int8's codes of activations among them.
-SCATTERED, SCATTERED_IN_PLAIN_TORCH, SCATTERED_IN_INT8 = 1.15, 1.3, 1.5
+SCATTERED, SCATTERED_IN_PLAIN_TORCH, SCATTERED_IN_INT8 = 1.15, 1.3, 1.45
 
 
 class Batch(NamedTuple):

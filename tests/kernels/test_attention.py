@@ -90,5 +90,20 @@ def test_the_plain_reference_and_other_devices_path(function, window):
     check(TREE, 4, 2, window, function=function)
 
 
+@pytest.mark.parametrize("rotated", [8, 6], ids=["whole heads", "part of them"])
+def test_other_devices_rotation_is_the_processors(rotated):
+    torch.manual_seed(0)
+    qkv, dout = torch.randn(16, 8, 8, dtype=torch.float64), torch.randn(16, 32, dtype=torch.float64)
+    cos, sin = torch.rand(2, 16, rotated, dtype=torch.float64)
+    here, there = (qkv.clone().requires_grad_() for _ in range(2))
+    paths = separate([0, 7, 16])
+    out = attention.rotary_attention(here.flatten(1), cos, sin, 2, paths, 0.3, None, 8)
+    theirs = attention._by_torch(*attention._Rotated.apply(there, cos, sin, 2), paths, 0.3, None).flatten(1)
+    out.backward(dout)
+    theirs.backward(dout)
+    assert relative_error(theirs, out) < 1e-12
+    assert relative_error(there.grad, here.grad) < 1e-12
+
+
 def test_bfloat16_is_as_close_as_bfloat16_can_be():
     check(separate([0, 7, 19]), 4, 2, None, torch.bfloat16, 2e-2)

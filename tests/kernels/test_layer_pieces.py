@@ -72,3 +72,5 @@ def test_rotation_is_transformers_and_its_gradient_the_rotation_back(rotated):
         exact = x.double().requires_grad_()
         rotary.rotate(exact, cos.double(), sin.double(), 6).backward(dy.double())
     assert relative_error(rotary.rotate_backward(dy, cos, sin, 6), exact.grad) < 1e-6
+    parts = dy[:, :4], dy[:, 4:6], dy[:, 6:]
+    assert relative_error(rotary.rotate_backward_side_by_side(*parts, cos, sin), exact.grad) < 1e-6

@@ -1,5 +1,6 @@
 """What counts as a run's memory, of processes that hold it by themselves."""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from phinetune.machine import memory
 from phinetune.machine.memory import MemoryPeak, memory_in_use
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere children aren't counted")
@@ -36,3 +38,15 @@ def test_memory_is_anonymous_and_shared_pages_of_a_process_and_all_below_it(kind
         assert counted - 10 < held - before < counted + 50, "an interpreter takes some 10 MB"
         assert memory_in_use() / MB < before + 50
         assert 1000 * peak.gb > before + counted - 10, "what it was in between"
+
+
+@pytest.mark.parametrize("lives_on", [True, False], ids=["a child that lives on", "one that has just been forked"])
+def test_a_fork_isnt_its_parent_again(lives_on, monkeypatch):
+    """Until it becomes another program, or writes, a forked child's pages are its parent's."""
+    child, samples, plain = 2**30, itertools.count(), memory._anonymous_and_shared
+    monkeypatch.setattr(memory, "INTERVAL", 0.01)
+    monkeypatch.setattr(memory, "_children", lambda: [child if lives_on else child + next(samples)])
+    monkeypatch.setattr(memory, "_anonymous_and_shared", lambda pid: 10**15 if pid >= child else plain(pid))
+    with MemoryPeak() as peak:
+        time.sleep(0.3)
+    assert (peak.gb > 10**5) == lives_on
