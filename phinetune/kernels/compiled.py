@@ -8,7 +8,6 @@ run it as it is.
 
 import functools
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from phinetune.kernels.native import find_compiler
+from phinetune.kernels.native import find_compiler, may_compile
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
@@ -63,8 +62,8 @@ def _as_input(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def can_compile(device: str = "cpu") -> bool:
-    """Whether there is a compiler for this kind of device that makes something; PHINETUNE_COMPILE=0 does without."""
-    if os.environ.get("PHINETUNE_COMPILE", "1") == "0":
+    """Whether there is a compiler for this kind of device that makes something, and it may be used."""
+    if not may_compile():
         return False
     if device == "cpu" and not find_compiler():
         log.warning("no C++ compiler (g++, clang++): elementwise passes aren't fused, which makes training slower")

@@ -2,7 +2,7 @@
 
 A kernel is used where the machine has the instructions that it is written in and a compiler; elsewhere its caller goes
 another way, which computes the same.  What is compiled is kept in phinetune's cache folder, under a digest of the
-source, the compiler and the processor.  `PHINETUNE_COMPILE=0` does without, as for `compiled`.
+source, the compiler and the processor.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def library(name: str, dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL | Non
 
 @functools.cache
 def _library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
-    if os.environ.get("PHINETUNE_COMPILE", "1") == "0" or not _is_for(name, dtype):
+    if not may_compile() or not _is_for(name, dtype):
         return None
     compiler = find_compiler()
     if not compiler:
@@ -110,6 +110,11 @@ def _as_c(argument: Any) -> Any:
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(None if argument is None else argument.data_ptr())
     return argument
+
+
+def may_compile() -> bool:
+    """Not where PHINETUNE_COMPILE is 0: nothing is compiled then, in C++ or by torch's compiler."""
+    return os.environ.get("PHINETUNE_COMPILE", "1") != "0"
 
 
 def find_compiler() -> list[str]:
