@@ -60,7 +60,7 @@ def answers(
             [i for i in group if room[i] == max_new_tokens] for group in groups
         ]
     settings = {**sampling, "eos_token_id": stops, "pad_token_id": stops[0]}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for chunk in [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]:
             asked = {**settings, "max_new_tokens": min(room[i] for i in chunk)}

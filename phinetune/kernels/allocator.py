@@ -13,9 +13,9 @@ import torch
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
-# How torch, its compiler, oneDNN and the C++ library say that memory was refused.
+# How torch, its compiler, oneDNN, cuBLAS and the C++ library say that memory was refused.
 REFUSALS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a memory",
-            "memoryerror")  # fmt: skip
+            "memoryerror", "cublas_status_alloc_failed")  # fmt: skip
 
 
 def keep_freed_memory() -> bool:

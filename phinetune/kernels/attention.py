@@ -287,11 +287,13 @@ def _by_torch(
     for path in paths:
         q_HQD = q_THD[slice(*path[-1])].transpose(0, 1)
         k_KSD, v_KSD = (torch.cat([x[slice(*piece)] for piece in path]).transpose(0, 1) for x in (k_TKD, v_TKD))
-        queries, keys = q_HQD.shape[1], k_KSD.shape[1]
+        shared = q_HQD.shape[0] // k_KSD.shape[0]  # each by itself, since no lean kernel shares them in float32
+        k_HSD, v_HSD = (x.repeat_interleave(shared, dim=0) for x in (k_KSD, v_KSD))
+        queries, keys = q_HQD.shape[1], k_HSD.shape[1]
         plain = len(path) == 1 and (window is None or keys <= window)
         seen_QS = None if plain else _seen(queries, keys, window).to(q_HQD.device)
         out_HQD = F.scaled_dot_product_attention(
-            q_HQD[None], k_KSD[None], v_KSD[None], seen_QS, is_causal=plain, scale=scaling, enable_gqa=True
+            q_HQD[None], k_HSD[None], v_HSD[None], seen_QS, is_causal=plain, scale=scaling
         )[0]
         outs.append(out_HQD.transpose(0, 1))
     return torch.cat(outs)

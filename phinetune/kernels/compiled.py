@@ -35,7 +35,7 @@ def compiled(function: Function) -> Function:
     @functools.wraps(function)
     def call(first: Tensor, *more: Any) -> Any:
         as_it_is = first.numel() < SMALLEST or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if as_it_is or not can_compile(first.device.type):
+        if as_it_is or not can_compile(first.device.type) or not _is_computed_in(first):
             return function(first, *more)
         made = _compile(function, first.device.type)
         return made(*(_as_input(a) if isinstance(a, Tensor) else a for a in (first, *more)))
@@ -51,6 +51,17 @@ def _compile(function: Callable[..., Any], device: str) -> Callable[..., Any]:
         return torch.compile(function, dynamic=True, fullgraph=True)
     # Where a GPU splits a sum, torch's compiler warns that it can't take a softmax's maximum in the same pass.
     return torch.compile(function, dynamic=False, fullgraph=True, options={"online_softmax": False})
+
+
+def _is_computed_in(tensor: Tensor) -> bool:
+    """Whether Triton computes in its dtype: on a GPU before Ampere it refuses bfloat16."""
+    return not tensor.is_cuda or tensor.dtype is not torch.bfloat16 or gpu_has_bfloat16()
+
+
+@functools.cache
+def gpu_has_bfloat16() -> bool:
+    """Whether torch's current GPU multiplies bfloat16; those before Ampere don't, and torch does without them."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _as_input(tensor: Tensor) -> Tensor:

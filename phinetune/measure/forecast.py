@@ -116,6 +116,7 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     """
     training = recipe.training_config
     free, rate = _device(device, training.use_cpu)
+    on_cpu = rate is None and pick_device(training.use_cpu).type == "cpu"
     if rate is not None and recipe.model_kwargs.dtype == "auto":  # what it is there, whatever is faster here
         recipe = recipe.derived("model_kwargs", "dtype", "bfloat16", "the GPU, for auto")
     if recipe.data.train == "-":
@@ -139,7 +140,7 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
         "model": recipe.model,
         "device": device or pick_device(training.use_cpu).type,
         "share_of_gpu_rate": SHARE_ON_A_GPU if rate is not None else None,
-        "merges_for_answers": bool(recipe.evaluation.metrics) and not recipe.model_kwargs.load_in_8bit,
+        "merges_for_answers": bool(recipe.evaluation.metrics) and not (recipe.model_kwargs.load_in_8bit and on_cpu),
         "measured_with_layers": [lines.few, lines.more],
         "layers": layers,
         "recomputed_layers": recomputed,
@@ -365,11 +366,14 @@ def measure(recipe: Recipe, layers: int) -> Needs:
         loop.folder.mkdir(parents=True)
         loop.model.train()
         loop.update(longest_rows(data.train, loop.largest_batch.tokens), learning_rate=0.0)
-        with MemoryPeak(device) as memory:  # freed memory is kept, so the longest rows' is in it, but no compiler
+        with MemoryPeak(device) as memory:  # the compiler isn't in it
+            if device.type == "cuda":  # a processor keeps freed memory, so the longest rows' is in it there
+                loop.update(longest_rows(data.train, loop.largest_batch.tokens), learning_rate=0.0)
             seconds = _seconds_a_token(loop, data)
             stepping = memory.gb * 1e9
-        rehearse(loop, tokenizer, data)
-        rehearsed = memory_in_use(device)
+        with MemoryPeak(device) as memory:
+            rehearse(loop, tokenizer, data)
+            rehearsed = memory.gb * 1e9 if device.type == "cuda" else memory_in_use(device)
     frozen = [parameter for parameter in loop.model.parameters() if not parameter.requires_grad]
     return Needs(
         process=process,

@@ -11,6 +11,7 @@ import torch
 from phinetune.errors import ModelError
 from phinetune.hub import hub_answers
 from phinetune.kernels import native
+from phinetune.kernels.compiled import gpu_has_bfloat16
 from phinetune.layers import attention
 from phinetune.model import smollm2
 from phinetune.model.family import FLAT_FAMILIES
@@ -78,6 +79,8 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
         implementation = attention.NAME
     if implementation != "auto":
         options["attn_implementation"] = implementation
+    if getattr(config, "quantization_config", None):  # transformers takes such a model to a GPU by itself
+        options["device_map"] = {"": str(device)}
     if layers is None:
         loaded = _with_weights(model, source, options)
     else:
@@ -85,7 +88,8 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
         try:
             loaded = _with_weights(model, source.local(), {**options, "config": config})
         except ModelError:
-            options.pop("quantization_config", None)
+            for name in ("quantization_config", "device_map"):
+                options.pop(name, None)
             loaded = AutoModelForCausalLM.from_config(config, **options)
     loaded.config.use_cache = kwargs.use_cache
     if implementation == attention.NAME:
@@ -147,11 +151,16 @@ def _any_tokenizer(model: str, kwargs: ModelKwargs) -> Any | None:
 
 
 def resolve_dtype(name: str, device: torch.device, model_type: str | None = None) -> str:
-    """`auto` is bfloat16, but float32 on a CPU on which torch's bfloat16 products are slower than float32's.
+    """`auto` is bfloat16, but float32 on a CPU on which torch's bfloat16 products are slower than float32's, and on a
+    GPU that has none.
 
     There a named bfloat16 is warned of, where `model_type` (`config.model_type`) says what is trained in it and no
     kernels are for that.
     """
+    if device.type == "cuda":
+        if name == "bfloat16" and model_type is not None and not gpu_has_bfloat16():
+            log.warning("this GPU doesn't multiply bfloat16, as those from Ampere on do: dtype=float32 is faster here")
+        return ("bfloat16" if gpu_has_bfloat16() else "float32") if name == "auto" else name
     has_kernels = model_type in FLAT_FAMILIES and native.library("decoder") is not None
     warns = name == "bfloat16" and model_type is not None and not has_kernels
     ratio = bfloat16_speed() if device.type == "cpu" and (name == "auto" or warns) else 1.0

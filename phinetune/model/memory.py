@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from phinetune import lora
 from phinetune.kernels import flash, loss, native
 from phinetune.kernels.attention import KEPT_KEYS
+from phinetune.kernels.bnb import EightBitWeight
 from phinetune.kernels.flash import VECTOR
 from phinetune.kernels.int8 import Int8Weight
 from phinetune.kernels.packs import GROUP_SCORES, LARGEST_BLOCK, SMALLEST_BLOCK
@@ -146,7 +147,15 @@ def _worked_with(model: Any, batch: Batch) -> int:
     else:
         table = vocabulary * hidden * element * on_cpu  # oneDNN multiplies by a copy of the weight
         logits = 2 * loss.CHUNK_BYTES + table
-    return max(attention, mlp, logits + 5 * hidden * element * batch.tokens)
+    copy = 0 if on_cpu else _copied_for_a_product(model)
+    return max(attention, mlp + copy, logits + 5 * hidden * element * batch.tokens)
+
+
+def _copied_for_a_product(model: Any) -> int:
+    """Of weights in few bits the largest as a product reads it on a GPU, and for 8 bits what that is made by: two
+    copies in float32 (bitsandbytes 0.50)."""
+    weights = [p for p in model.parameters() if isinstance(p, QuantisedWeight)]
+    return max((p.numel() * (8 if isinstance(p, EightBitWeight) else 2) for p in weights), default=0)
 
 
 def layers_to_recompute(model: Any, batch: Batch, free: float) -> int:

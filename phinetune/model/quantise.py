@@ -97,8 +97,10 @@ def _taken(old: Any, model: Any) -> QuantisedWeight:
     """The weight of a layer of bitsandbytes'."""
     if type(old).__name__ == "Linear8bitLt":
         return bnb.EightBitWeight(old.weight.CB, old.weight.SCB, model.dtype)
-    state = old.weight.quant_state
-    return bnb.FourBitWeight(old.weight.data, state, old.compute_dtype or state.dtype)
+    compute_dtype = old.compute_dtype or old.weight.quant_state.dtype
+    if compute_dtype is torch.float16:  # in which what flows in bfloat16 overflows, and small gradients are zero
+        compute_dtype = model.dtype
+    return bnb.FourBitWeight(old.weight.data, old.weight.quant_state, compute_dtype)
 
 
 def quantise_layers(model: nn.Module, ids: Tensor, tolerance: float = TOLERANCE) -> dict[str, float]:

@@ -76,9 +76,10 @@ def with_today(recipe: Recipe, tokenizer: Any, progress: Progress | None) -> Rec
 def with_dtype(recipe: Recipe, device: torch.device, progress: Progress | None) -> Recipe:
     """The recipe with `dtype: auto` resolved: as the checkpoint has it, else by what this machine is faster in."""
     dtype = recipe.model_kwargs.dtype
-    if dtype == "float16":
-        what = "is not for training: gradients in it need loss scaling, which there is none of"
-        raise RecipeError("model_kwargs.dtype=float16", what, "use bfloat16 or float32")
+    for name in ("dtype", "bnb_4bit_compute_dtype"):
+        if getattr(recipe.model_kwargs, name) == "float16":
+            what = "is not for training: gradients in it need loss scaling, which there is none of"
+            raise RecipeError(f"model_kwargs.{name}=float16", what, "use bfloat16 or float32")
     if dtype != "auto":
         model_type = load_config(recipe.model, recipe.model_kwargs).model_type
         resolve_dtype(dtype, device, model_type)  # which says where it is slow here

@@ -189,9 +189,16 @@ def test_auto_is_the_dtype_in_which_torch_multiplies_faster(
     monkeypatch.setattr(load.native, "library", lambda name: object() if kernels else None)
     monkeypatch.setattr(load, "bfloat16_speed", lambda: rate)
     assert load.resolve_dtype("auto", torch.device("cpu")) == dtype
-    assert load.resolve_dtype("auto", torch.device("cuda")) == "bfloat16"
     assert load.resolve_dtype("bfloat16", torch.device("cpu"), model_type) == "bfloat16"
     assert ("float32 is faster here" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_gpu_before_ampere_trains_in_float32(monkeypatch, caplog, has_bfloat16):
+    monkeypatch.setattr(load, "gpu_has_bfloat16", lambda: has_bfloat16)
+    assert load.resolve_dtype("auto", torch.device("cuda")) == ("bfloat16" if has_bfloat16 else "float32")
+    assert load.resolve_dtype("bfloat16", torch.device("cuda"), "phi3") == "bfloat16"
+    assert ("float32 is faster here" in caplog.text) != has_bfloat16
 
 
 def test_somebody_elses_attention_and_hooks_on_its_parts_are_honoured():

@@ -182,6 +182,17 @@ def test_a_model_that_comes_in_4_bits_is_taken_over(tmp_path, tiny_llama_folder,
         load_model(str(tmp_path), ModelKwargs(dtype="float32", load_in_8bit=True))
 
 
+def test_no_product_of_a_model_that_comes_in_4_bits_is_in_float16(tmp_path, tiny_llama_folder, smollm2_tokenizer):
+    """In which many were saved, and what flows in bfloat16 overflows."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="float16")
+    saved = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float16, quantization_config=config)
+    saved.save_pretrained(tmp_path)
+    smollm2_tokenizer.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), ModelKwargs(dtype="bfloat16"))
+    weights = [model.get_submodule(name).weight for name in quantised_layers(model).names]
+    assert {weight.compute_dtype for weight in weights} == {torch.bfloat16}
+
+
 def test_a_model_that_comes_in_8_bits_is_taken_over(tmp_path, tiny_llama_folder, smollm2_tokenizer):
     config = BitsAndBytesConfig(load_in_8bit=True)
     saved = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float16, quantization_config=config)

@@ -324,8 +324,9 @@ def test_what_a_model_was_not_made_for(tmp_path, tiny_llama_folder, chats):
         )
         return (tmp_path / "run" / "train.log").read_text()
 
-    with pytest.raises(RecipeError, match="float16: is not for training"):
-        run(model_kwargs={"dtype": "float16"})
+    for name in ("dtype", "bnb_4bit_compute_dtype"):
+        with pytest.raises(RecipeError, match=f"{name}=float16: is not for training"):
+            run(model_kwargs={name: "float16"})
     with pytest.raises(RecipeError, match=r"tokenizer_kwargs: makes [\d,]+ tokens, and .* has embeddings for"):
         run(tokenizer_kwargs={"eos_token": "<|a new one|>"})
     assert "positions" not in run()
