@@ -7,7 +7,6 @@ depend on: the files' digests, the tokenizer, its template, the settings.
 import hashlib
 import json
 import logging
-import os
 import queue
 import re
 import shutil
@@ -22,11 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from phinetune.data.readers import Chunk, chunks
+from phinetune.data.readers import CHUNK_BYTES, Chunk, chunks
 from phinetune.data.store import MANIFEST, Piece, Store, StoreWriter
 from phinetune.data.worker import Task, Worker, WorkerProcess
 from phinetune.errors import DataError
 from phinetune.files import cache_folder, mark_used, remove_unused, sha256_of
+from phinetune.machine.cores import cores
 from phinetune.machine.disk import naming_full_disk
 
 log = logging.getLogger(__name__)
@@ -65,13 +65,13 @@ def tokenise(task: Task, take: Callable[[Piece], None], on_progress: Callable[[i
 
 
 def processes(task: Task) -> int:
-    """How many processes tokenise: those asked for, or one a core where the data is large."""
+    """How many processes tokenise: those asked for, or where the data is large one a core, if each has work."""
     if task.config.num_proc:
         return task.config.num_proc
     size = sum(file.path.stat().st_size for file in task.files)
     if size <= WORTH_PROCESSES:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores(), size // CHUNK_BYTES + 1)
 
 
 @contextmanager

@@ -8,8 +8,11 @@ run it as it is.
 
 import functools
 import logging
+import os
+import sysconfig
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -79,14 +82,16 @@ def can_compile(device: str = "cpu") -> bool:
     if device == "cpu" and not find_compiler():
         log.warning("no C++ compiler (g++, clang++): elementwise passes aren't fused, which makes training slower")
         return False
+    if device == "cpu":  # where Triton is there, torch would start a process a core, which are for GPUs
+        os.environ.setdefault("TORCH_WARM_POOL", "0")
     try:
         with warnings.catch_warnings():  # torch's compiler warns of torch's own deprecations while it is imported
             warnings.simplefilter("ignore")
             torch.compile(torch.neg, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:
-        first = str(error).strip().splitlines()
-        log.warning(
-            f"torch.compile doesn't work here ({first[0] if first else type(error).__name__}): training is slower"
-        )
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if device == "cpu" and not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+            first = "it needs Python.h, which Debian and Ubuntu have in the package python3-dev"
+        log.warning(f"torch.compile doesn't work here ({first}): training is slower")
         return False
     return True

@@ -129,8 +129,22 @@ def find_compiler() -> list[str]:
 
 
 def instructions() -> str | None:
-    """Of `INSTRUCTIONS`, those that kernels use on this processor."""
-    return next((name for name in INSTRUCTIONS if getattr(torch.cpu, f"_is_{name}_supported", bool)()), None)
+    """Of `INSTRUCTIONS`, those that kernels use: the best that this processor has and the compiler can write."""
+    there = [name for name in INSTRUCTIONS if getattr(torch.cpu, f"_is_{name}_supported", bool)()]
+    return next((name for name in there if _are_written(name)), there[0] if there else None)
+
+
+@functools.cache
+def _are_written(name: str) -> bool:
+    """Not by a compiler that is older than the processor: GCC 9 doesn't know AVX512-BF16."""
+    compiler = find_compiler()
+    if not compiler or not may_compile():
+        return True
+    try:
+        _run([*compiler, f"-m{name.replace('_', '')}", "-E", "-x", "c++", os.devnull])
+    except _CannotCompile:
+        return False
+    return True
 
 
 def element_bytes() -> int:
@@ -141,13 +155,17 @@ def element_bytes() -> int:
 def _is_for(name: str, dtype: torch.dtype) -> bool:
     if dtype is torch.float32:
         return name in IN_FLOAT32 and instructions() == "avx2"
-    is_wanted = name != "products" or is_emulated(dtype)
-    return dtype is torch.bfloat16 and instructions() is not None and is_wanted
+    if dtype is not torch.bfloat16 or instructions() is None:
+        return False
+    return name != "products" or is_emulated(dtype)
 
 
 @functools.cache
 def is_emulated(dtype: torch.dtype) -> bool:
-    """Whether this CPU's products of a dtype are left to torch's element-wise loops, oneDNN having none."""
+    """Whether this CPU's products of a dtype are left to torch's element-wise loops, oneDNN having none, or not being
+    there, as in torch for Macs."""
+    if not torch.backends.mkldnn.is_available():
+        return dtype in (torch.bfloat16, torch.float16)
     if dtype is torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -218,7 +236,8 @@ def _run(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise _CannotCompile(said[0] if said else str(error)) from None
+        errors = [line for line in said if "error" in line.lower()] or said  # before it stands where it was included
+        raise _CannotCompile(errors[0] if errors else str(error)) from None
 
 
 def _processor() -> str:

@@ -1,6 +1,8 @@
 """Writing so that nothing is ever half there, and saying how much is short when a disk is full."""
 
 import errno
+import functools
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 from phinetune.errors import RunError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -68,8 +71,17 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+        _say_unflushed()
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _say_unflushed() -> None:
+    log.warning("this file system can't flush folders: what is renamed in them may be lost when the power goes")
 
 
 def _full(path: Path, size: int) -> RunError:

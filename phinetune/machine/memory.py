@@ -4,6 +4,7 @@ Mapped files (a model's weights read from the page cache) don't count: the syste
 GPU it is the GPU's memory that torch has given out to tensors.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -90,7 +91,7 @@ def memory_free(device: Any = None) -> int:
     meminfo = _read(Path("/proc/meminfo"))
     free = [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
     free += [limit - used for limit, used in _containers()]
-    return min(free, default=memory_total())  # off Linux what there is
+    return min(free, default=max(0, memory_total() - memory_in_use()))  # off Linux what this process leaves
 
 
 def memory_total() -> int:
@@ -115,7 +116,7 @@ def _is_gpu(device: Any) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8", errors="replace")  # a process may bear any name
     except OSError:
         return ""
 
@@ -124,11 +125,9 @@ def _children() -> list[int]:
     """Of this process, and theirs; none off Linux."""
     pids = [os.getpid()]
     for known in pids:  # grows while it is walked
-        for task in Path(f"/proc/{known}/task").glob("*/children"):
-            try:
-                pids += map(int, task.read_text().split())
-            except OSError:
-                pass
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            for task in Path(f"/proc/{known}/task").glob("*/children"):
+                pids += map(int, _read(task).split())
     return pids[1:]
 
 
@@ -142,8 +141,7 @@ def _in_use(pids: list[int]) -> int:
 
 
 def _anonymous_and_shared(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:  # it has ended
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+    fields = (line.partition(":") for line in _read(Path(f"/proc/{pid}/status")).splitlines())  # none once it has ended
+    rss = {name: int(size.split()[0]) * 1024 for name, _, size in fields if name in ("RssAnon", "RssShmem", "VmRSS")}
+    whole = rss.pop("VmRSS", 0)
+    return sum(rss.values()) if rss else whole  # gVisor tells no parts

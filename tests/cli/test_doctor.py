@@ -9,7 +9,7 @@ from commands import phinetune
 
 from phinetune.cli import doctor as cli
 from phinetune.kernels import native, threads
-from phinetune.machine import control_groups
+from phinetune.machine import control_groups, cores
 
 
 def doctor(*arguments, **environment):
@@ -64,7 +64,7 @@ def test_in_words_and_without_kernels(capsys):
 def test_threads_are_what_this_process_may_use(monkeypatch, tmp_path, affinity, quota, before, expected):
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(threads, "control_groups", lambda controller: [tmp_path])
+    monkeypatch.setattr(cores, "control_groups", lambda controller: [tmp_path])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -107,7 +107,7 @@ def test_the_share_of_a_container_is_the_least_of_its_groups_and_those_above(
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content + "\n")
-    assert threads._quota() == expected
+    assert cores.share_of_container() == expected
 
 
 def test_a_compiler_is_asked_for_only_where_it_would_help():

@@ -232,6 +232,35 @@ def test_without_a_compiler_there_are_no_kernels(environment, said, tmp_path):
         assert said in done.stderr
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_compiler_older_than_the_processor_writes_for_an_older_one(knows, tmp_path, monkeypatch):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) exit %d;; esac\n' % (not knows))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("PHINETUNE_COMPILE", raising=False)
+    for name in native.INSTRUCTIONS:
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True, raising=False)
+    native._are_written.cache_clear()
+    try:
+        assert native.instructions() == ("avx512_bf16" if knows else "avx2")
+    finally:
+        native._are_written.cache_clear()
+
+
+def test_of_what_a_compiler_says_the_error_is_told():
+    said = "In file included from here.cpp:1:\nhere.h:3: error: 'x' was not declared"
+    with pytest.raises(native._CannotCompile, match="error: 'x' was not declared"):
+        native._run([sys.executable, "-c", f"import sys; sys.exit({said!r})"])
+
+
+def test_torch_without_onednn_has_no_products_in_half_precision(monkeypatch):
+    """As it is built for Macs, where oneDNN can't even be asked."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    for dtype, is_emulated in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        assert native.is_emulated.__wrapped__(dtype) == is_emulated
+
+
 @needs_kernels
 def test_a_kernel_that_was_cut_short_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setenv("PHINETUNE_CACHE", str(tmp_path))

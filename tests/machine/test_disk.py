@@ -1,12 +1,15 @@
 """What is said of a disk that takes no more, and what is written."""
 
 import errno
+import os
 import shutil
+import stat
 from collections import namedtuple
 
 import pytest
 
 from phinetune.errors import RunError
+from phinetune.machine import disk
 from phinetune.machine.disk import check_room, naming_full_disk, replacing, write_text
 
 Usage = namedtuple("Usage", "total used free")
@@ -30,6 +33,27 @@ def test_a_full_disk_and_a_full_quota_are_named(tmp_path, free, number, kind):
     what = "no space: 1,500 bytes are to be written and 1,000 are free, 500 too few; "
     with pytest.raises(RunError, match=what), naming_full_disk(tmp_path / "file", 1500):
         raise error
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_flushes_no_folders_is_said(tmp_path, monkeypatch, caplog, number):
+    plain = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "no")
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    disk._say_unflushed.cache_clear()
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="no"):
+            disk.flush(tmp_path)
+        return
+    for text in ("one", "two"):
+        write_text(tmp_path / "file", text)
+        assert (tmp_path / "file").read_text() == text
+    assert caplog.text.count("can't flush folders") == 1
 
 
 def test_other_faults_are_their_own(tmp_path, free):

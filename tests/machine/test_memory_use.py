@@ -50,3 +50,21 @@ def test_a_fork_isnt_its_parent_again(lives_on, monkeypatch):
     with MemoryPeak() as peak:
         time.sleep(0.3)
     assert (peak.gb > 10**5) == lives_on
+
+
+def test_where_the_parts_arent_told_the_whole_counts(monkeypatch):
+    """gVisor's status has VmRSS alone; a process may bear a name that is cut in the midst of a letter."""
+    told = "Name:\tобучени\ufffd\nVmSize:\t 9000 kB\nVmRSS:\t 2000 kB\n"
+    monkeypatch.setattr(memory, "_read", lambda path: told)
+    assert memory._anonymous_and_shared(1) == 2000 * 1024
+    parts = "RssAnon:\t 700 kB\nRssFile:\t 900 kB\nRssShmem:\t 30 kB\n"
+    monkeypatch.setattr(memory, "_read", lambda path: told + parts)
+    assert memory._anonymous_and_shared(1) == 730 * 1024
+
+
+def test_off_linux_what_this_process_takes_isnt_free(monkeypatch):
+    monkeypatch.setattr(memory, "_read", lambda path: "")
+    monkeypatch.setattr(memory, "_containers", lambda: iter(()))
+    monkeypatch.setattr(memory, "memory_in_use", lambda: 3 * 10**9)
+    monkeypatch.setattr(memory, "memory_total", lambda: 16 * 10**9)
+    assert memory.memory_free() == 13 * 10**9
