@@ -235,7 +235,7 @@ def test_without_a_compiler_there_are_no_kernels(environment, said, tmp_path):
 @pytest.mark.parametrize("knows", [True, False])
 def test_a_compiler_older_than_the_processor_writes_for_an_older_one(knows, tmp_path, monkeypatch):
     compiler = tmp_path / "g++"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) exit %d;; esac\n' % (not knows))
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *avx512bf16*) exit {int(not knows)};; esac\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.delenv("PHINETUNE_COMPILE", raising=False)
