@@ -111,12 +111,14 @@ def roofline(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
 
 def cost(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     rows = draw_rows(asked.rows, job["batch_rows"]).shuffled
-    own = {"what": "cost", "rows": rows, "lengths": asked.lengths, "tokens_a_step": max(asked.lengths), "repeats": 3}
+    own = {"what": "cost", "rows": rows, "lengths": asked.lengths, "tokens_a_step": max(asked.lengths), "repeats": 5}
     found = job_io.ask(OURS, "child_ours.py", {**job, **own})
     by_length, linear = found["by_length"], found["linear_flop"]
     first, last = by_length[str(asked.lengths[0])], by_length[str(asked.lengths[-1])]
+    growths = [b / a for a, b in zip(first["each"], last["each"], strict=True)]
     result = {
-        "cost_growth": round(last["seconds_a_token"] / first["seconds_a_token"], 3),
+        "cost_growth": round(statistics.median(growths), 3),
+        "spread": {"cost_growth": [round(min(growths), 3), round(max(growths), 3)]},
         "cost_growth_by_attention_flop": round(
             (linear + last["attention_flop"]) / (linear + first["attention_flop"]), 3
         ),

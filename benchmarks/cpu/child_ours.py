@@ -111,24 +111,34 @@ def roofline(trainee: Trainee) -> dict[str, Any]:
 
 
 def cost(trainee: Trainee) -> dict[str, Any]:
-    """Seconds a token of steps whose rows all have one length, and those of torch's own causal attention alone."""
+    """Seconds a token of steps whose rows all have one length, and those of torch's own causal attention alone.
+
+    Lengths take turns; the first, in which memory is had, doesn't count.
+    """
     job = trainee.job
     ids = [i for row in job["rows"] for i in row]
-    found = {}
-    for length in job["lengths"]:
-        count = max(1, job["tokens_a_step"] // length)
-        need = count * length
-        line = (ids * (need // len(ids) + 1))[:need]
-        rows = [line[start : start + length] for start in range(0, need, length)]
-        trainee.pack_tokens = max(job["pack_tokens"], length)
-        trainee.step(rows)
-        seconds = [trainee.step(rows)[0] for _ in range(job["repeats"])]
-        found[str(length)] = {
-            "seconds_a_token": statistics.median(seconds) / need,
-            "attention_alone": attention_seconds(trainee.model, length, job["repeats"]) / length,
+    steps: dict[int, list[float]] = {length: [] for length in job["lengths"]}
+    attention: dict[int, list[float]] = {length: [] for length in job["lengths"]}
+    for turn in range(job["repeats"] + 1):
+        for length in job["lengths"]:
+            count = max(1, job["tokens_a_step"] // length)
+            line = (ids * (count * length // len(ids) + 1))[: count * length]
+            rows = [line[start : start + length] for start in range(0, len(line), length)]
+            trainee.pack_tokens = max(job["pack_tokens"], length)
+            seconds, alone = trainee.step(rows)[0] / len(line), attention_seconds(trainee.model, length) / length
+            if turn > 0:
+                steps[length].append(seconds)
+                attention[length].append(alone)
+    by_length = {
+        str(length): {
+            "seconds_a_token": statistics.median(steps[length]),
+            "each": steps[length],
+            "attention_alone": statistics.median(attention[length]),
             "attention_flop": attention_flop(trainee.model.config, length),
         }
-    return {"by_length": found, "linear_flop": 4 * Products(trainee.model, 1).weights}
+        for length in job["lengths"]
+    }
+    return {"by_length": by_length, "linear_flop": 4 * Products(trainee.model, 1).weights}
 
 
 def attention_flop(config: Any, length: int) -> float:
@@ -137,20 +147,17 @@ def attention_flop(config: Any, length: int) -> float:
     return 6.0 * length * config.num_attention_heads * width * config.num_hidden_layers
 
 
-def attention_seconds(model: Any, length: int, repeats: int) -> float:
+def attention_seconds(model: Any, length: int) -> float:
     """A row's causal attention in all layers, forward and backward, by torch."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
     q, k, v = (torch.randn(1, n, length, width, dtype=model.dtype, requires_grad=True) for n in shape.values())
     dout = torch.randn_like(q)
-    seconds = []
-    for _ in range(repeats + 1):  # the first warms up
-        begin = time.perf_counter()
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        out.backward(dout)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:]) * float(config.num_hidden_layers)
+    begin = time.perf_counter()
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out.backward(dout)
+    return (time.perf_counter() - begin) * float(config.num_hidden_layers)
 
 
 def main() -> None:
