@@ -79,7 +79,8 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
         implementation = attention.NAME
     if implementation != "auto":
         options["attn_implementation"] = implementation
-    if getattr(config, "quantization_config", None):  # transformers takes such a model to a GPU by itself
+    comes_in_few_bits = bool(getattr(config, "quantization_config", None))
+    if comes_in_few_bits:  # transformers takes such a model to a GPU by itself
         options["device_map"] = {"": str(device)}
     if layers is None:
         loaded = _with_weights(model, source, options)
@@ -95,8 +96,17 @@ def load_model(model: str, kwargs: ModelKwargs, device: torch.device | None = No
     if implementation == attention.NAME:
         fast.install(loaded)
     loaded.requires_grad_(False).eval()
+    if comes_in_few_bits:  # and leaves what else is in it in its files' dtype, float16 as a rule
+        _cast(loaded, options["dtype"])
     _quantise(loaded, model, kwargs, device)
     return loaded.to(device)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Parameters in 16 bits; what is kept in float32 beside them stays so."""
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _quantise(loaded: Any, model: str, kwargs: ModelKwargs, device: torch.device) -> None:
