@@ -89,7 +89,8 @@ def rotary_attention(
     if qkv_TN.device.type == "cpu":
         out_THD = _on_cpu(qkv_TJD, cos_TR, sin_TR, kv_heads, paths, scaling, window)
     else:
-        out_THD = _by_torch(*_Rotated.apply(qkv_TJD, cos_TR, sin_TR, kv_heads), paths, scaling, window)
+        q_THD, k_TKD, v_TKD = cast(tuple[Tensor, ...], _Rotated.apply(qkv_TJD, cos_TR, sin_TR, kv_heads))
+        out_THD = _by_torch(q_THD, k_TKD, v_TKD, paths, scaling, window)
     return out_THD.flatten(1)
 
 
@@ -269,7 +270,8 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, qkv_TJD: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos_TR, sin_TR)
         turned_TJD = rotate(qkv_TJD, cos_TR, sin_TR, qkv_TJD.shape[1] - kv_heads)
-        return turned_TJD.split([qkv_TJD.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        sizes = [qkv_TJD.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
+        return tuple(turned_TJD.split(sizes, dim=1))
 
     @staticmethod
     @once_differentiable

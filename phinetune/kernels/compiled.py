@@ -64,7 +64,7 @@ def _is_computed_in(tensor: Tensor) -> bool:
 @functools.cache
 def gpu_has_bfloat16() -> bool:
     """Whether torch's current GPU multiplies bfloat16; those before Ampere don't, and torch does without them."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _as_input(tensor: Tensor) -> Tensor:
