@@ -116,9 +116,15 @@ def cost(job: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
     by_length, linear = found["by_length"], found["linear_flop"]
     first, last = by_length[str(asked.lengths[0])], by_length[str(asked.lengths[-1])]
     growths = [b / a for a, b in zip(first["each"], last["each"], strict=True)]
+    turns = zip(first["each"], first["attention_each"], last["attention_each"], strict=True)
+    by_attention = [1 + (b - a) / step for step, a, b in turns]
     result = {
         "cost_growth": round(statistics.median(growths), 3),
-        "spread": {"cost_growth": [round(min(growths), 3), round(max(growths), 3)]},
+        "cost_growth_by_attention": round(statistics.median(by_attention), 3),
+        "spread": {
+            "cost_growth": [round(min(growths), 3), round(max(growths), 3)],
+            "cost_growth_by_attention": [round(min(by_attention), 3), round(max(by_attention), 3)],
+        },
         "cost_growth_by_attention_flop": round(
             (linear + last["attention_flop"]) / (linear + first["attention_flop"]), 3
         ),

@@ -3,7 +3,8 @@
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+import timeit
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as phinetune's command line does, before torch is imported
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from phinetune.data import Example, batches
-from phinetune.kernels import allocator, native
+from phinetune.kernels import allocator, native, separate
+from phinetune.kernels.attention import rotary_attention
 from phinetune.machine.garbage import garbage_set_aside
 from phinetune.measure.rates import Products, share_reached
 from phinetune.model import adapt_model, load_model
@@ -111,7 +113,7 @@ def roofline(trainee: Trainee) -> dict[str, Any]:
 
 
 def cost(trainee: Trainee) -> dict[str, Any]:
-    """Seconds a token of steps whose rows all have one length, and those of torch's own causal attention alone.
+    """Seconds a token of steps whose rows all have one length, and those of attention alone, ours and torch's.
 
     Lengths take turns; the first, in which memory is had, doesn't count.
     """
@@ -119,21 +121,27 @@ def cost(trainee: Trainee) -> dict[str, Any]:
     ids = [i for row in job["rows"] for i in row]
     steps: dict[int, list[float]] = {length: [] for length in job["lengths"]}
     attention: dict[int, list[float]] = {length: [] for length in job["lengths"]}
+    by_torch: dict[int, list[float]] = {length: [] for length in job["lengths"]}
     for turn in range(job["repeats"] + 1):
         for length in job["lengths"]:
             count = max(1, job["tokens_a_step"] // length)
             line = (ids * (count * length // len(ids) + 1))[: count * length]
             rows = [line[start : start + length] for start in range(0, len(line), length)]
             trainee.pack_tokens = max(job["pack_tokens"], length)
-            seconds, alone = trainee.step(rows)[0] / len(line), attention_seconds(trainee.model, length) / length
+            seconds = trainee.step(rows)[0] / len(line)
+            own = own_attention_seconds(trainee.model, length, trainee.pack_tokens // length)
+            alone = attention_seconds(trainee.model, length) / length
             if turn > 0:
                 steps[length].append(seconds)
-                attention[length].append(alone)
+                attention[length].append(own)
+                by_torch[length].append(alone)
     by_length = {
         str(length): {
             "seconds_a_token": statistics.median(steps[length]),
             "each": steps[length],
-            "attention_alone": statistics.median(attention[length]),
+            "own_attention": statistics.median(attention[length]),
+            "attention_each": attention[length],
+            "attention_alone": statistics.median(by_torch[length]),
             "attention_flop": attention_flop(trainee.model.config, length),
         }
         for length in job["lengths"]
@@ -147,6 +155,19 @@ def attention_flop(config: Any, length: int) -> float:
     return 6.0 * length * config.num_attention_heads * width * config.num_hidden_layers
 
 
+def own_attention_seconds(model: Any, length: int, rows: int) -> float:
+    """Seconds a token of our attention in all layers, forward and backward, for a line of such rows."""
+    config = model.config
+    heads, kv_heads, tokens = config.num_attention_heads, config.num_key_value_heads, rows * length
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width, dtype=model.dtype, requires_grad=True)
+    cos, sin = torch.rand(2, tokens, width)
+    dout = torch.randn(tokens, heads * width, dtype=model.dtype)
+    paths = separate(range(0, tokens + 1, length))
+    attend = lambda: rotary_attention(qkv, cos, sin, kv_heads, paths, width**-0.5).backward(dout)  # noqa: E731
+    return median_seconds(attend) * float(config.num_hidden_layers) / tokens
+
+
 def attention_seconds(model: Any, length: int) -> float:
     """A row's causal attention in all layers, forward and backward, by torch."""
     config = model.config
@@ -154,10 +175,13 @@ def attention_seconds(model: Any, length: int) -> float:
     shape = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
     q, k, v = (torch.randn(1, n, length, width, dtype=model.dtype, requires_grad=True) for n in shape.values())
     dout = torch.randn_like(q)
-    begin = time.perf_counter()
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    out.backward(dout)
-    return (time.perf_counter() - begin) * float(config.num_hidden_layers)
+    attend = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).backward(dout)  # noqa: E731
+    return median_seconds(attend) * float(config.num_hidden_layers)
+
+
+def median_seconds(call: Callable[[], None]) -> float:
+    call()  # warms up
+    return statistics.median(timeit.repeat(call, number=1, repeat=3))
 
 
 def main() -> None:

@@ -16,9 +16,11 @@ def draw(job: dict[str, Any]) -> None:
     # The linears' share at the first length, and attention's by its FLOP at the same rate.
     flop = [job["linear_flop"] + point["attention_flop"] for point in points]
     by_flop = [ours[0] * value / flop[0] for value in flop]
+    by_attention = [ours[0] + 1e3 * (point["own_attention"] - points[0]["own_attention"]) for point in points]
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
     axes.plot(lengths, ours, "o-", label="phinetune, measured")
-    axes.plot(lengths, by_flop, "--", color="grey", label="growth by attention's FLOP alone")
+    axes.plot(lengths, by_flop, "--", color="grey", label="growth by attention's FLOP, six products")
+    axes.plot(lengths, by_attention, "-.", color="grey", label="growth by attention's own time")
     axes.plot(lengths, [1e3 * point["attention_alone"] for point in points], ":", label="torch's attention by itself")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
