@@ -47,9 +47,10 @@ from phinetune.train.rehearsal import longest_rows, rehearse
 from phinetune.train.schedule import Schedule
 from phinetune.train.signals import listening
 
-# Memory (10⁹ bytes) and dense 16-bit products (FLOP a second), by NVIDIA's data sheets.
+# Memory (10⁹ bytes) and dense products in the dtype that `auto` is there (FLOP a second), by NVIDIA's data sheets.
+BEFORE_AMPERE = ("t4",)  # which doesn't multiply bfloat16
 GPUS = {
-    "t4": (16, 65e12), "l4": (24, 121e12), "a10": (24, 125e12), "rtx3090": (24, 71e12), "rtx4090": (24, 165e12),
+    "t4": (16, 8.1e12), "l4": (24, 121e12), "a10": (24, 125e12), "rtx3090": (24, 71e12), "rtx4090": (24, 165e12),
     "a100-40": (40, 312e12), "a100-80": (80, 312e12), "h100": (80, 989e12), "h200": (141, 989e12),
 }  # fmt: skip
 SHARE_ON_A_GPU = 0.36  # of that rate: Phi-3-mini on an H200, flat batches of 6,000 tokens (docs/benchmarks.md)
@@ -118,7 +119,8 @@ def forecast(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     free, rate = _device(device, training.use_cpu)
     on_cpu = rate is None and pick_device(training.use_cpu).type == "cpu"
     if rate is not None and recipe.model_kwargs.dtype == "auto":  # what it is there, whatever is faster here
-        recipe = recipe.derived("model_kwargs", "dtype", "bfloat16", "the GPU, for auto")
+        dtype = "float32" if str(device).lower() in BEFORE_AMPERE else "bfloat16"
+        recipe = recipe.derived("model_kwargs", "dtype", dtype, "the GPU, for auto")
     if recipe.data.train == "-":
         raise RecipeError("data.train", "is standard input, which can be read once only", "give a file")
     tokenizer = load_tokenizer(recipe.model, recipe.model_kwargs, recipe.tokenizer_kwargs)
