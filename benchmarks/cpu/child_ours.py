@@ -151,32 +151,35 @@ def cost(trainee: Trainee) -> dict[str, Any]:
 
 def attention_flop(config: Any, length: int) -> float:
     """A token's in all layers, forward and backward: six products over half the square."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6.0 * length * config.num_attention_heads * width * config.num_hidden_layers
+    heads, _, width = heads_of(config)
+    return 6.0 * length * heads * width * config.num_hidden_layers
+
+
+def heads_of(config: Any) -> tuple[int, int, int]:
+    """(query heads, key-value heads, width of a head)"""
+    heads = config.num_attention_heads
+    return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def own_attention_seconds(model: Any, length: int, rows: int) -> float:
     """Seconds a token of our attention in all layers, forward and backward, for a line of such rows."""
-    config = model.config
-    heads, kv_heads, tokens = config.num_attention_heads, config.num_key_value_heads, rows * length
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    (heads, kv_heads, width), tokens = heads_of(model.config), rows * length
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width, dtype=model.dtype, requires_grad=True)
     cos, sin = torch.rand(2, tokens, width)
     dout = torch.randn(tokens, heads * width, dtype=model.dtype)
     paths = separate(range(0, tokens + 1, length))
     attend = lambda: rotary_attention(qkv, cos, sin, kv_heads, paths, width**-0.5).backward(dout)  # noqa: E731
-    return median_seconds(attend) * float(config.num_hidden_layers) / tokens
+    return median_seconds(attend) * float(model.config.num_hidden_layers) / tokens
 
 
 def attention_seconds(model: Any, length: int) -> float:
     """A row's causal attention in all layers, forward and backward, by torch."""
-    config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-    q, k, v = (torch.randn(1, n, length, width, dtype=model.dtype, requires_grad=True) for n in shape.values())
+    heads, kv_heads, width = heads_of(model.config)
+    counts = (heads, kv_heads, kv_heads)
+    q, k, v = (torch.randn(1, n, length, width, dtype=model.dtype, requires_grad=True) for n in counts)
     dout = torch.randn_like(q)
     attend = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).backward(dout)  # noqa: E731
-    return median_seconds(attend) * float(config.num_hidden_layers)
+    return median_seconds(attend) * float(model.config.num_hidden_layers)
 
 
 def median_seconds(call: Callable[[], None]) -> float:

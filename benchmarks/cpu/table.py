@@ -33,11 +33,7 @@ FIGURES = [
     ("bf16_loss_error_peft", "the same by PEFT's layers", "{:.4f}"),
     ("cost_growth", "cost a token at 4,096 tokens a row over that at 128", "{:.2f} ×"),
     ("cost_growth_by_attention", "the same by our attention's own time", "{:.2f} ×"),
-    (
-        "cost_growth_by_attention_flop",
-        "the same by attention's FLOP, of six products",
-        "{:.2f} ×",
-    ),
+    ("cost_growth_by_attention_flop", "the same by attention's FLOP, of six products", "{:.2f} ×"),
     ("phi3_bf16_gb", "Phi-3-mini at full size, bf16, peak memory", "{:.1f} GB"),
     ("phi3_int8_gb", "Phi-3-mini at full size, int8, peak memory", "{:.1f} GB"),
     ("phi3_roofline", "Phi-3-mini, share of the bf16 rate", "{:.2f}"),
@@ -150,7 +146,7 @@ def render(found: dict[str, Any], plot: Path) -> str:
         parts += rows_of(
             ["tokens a row", "ms a token", "of it attention", "torch's attention"],
             (
-                [f"{int(length):,}", *(f"{1e3 * at[name]:.3f}" for name in names if name in at)]
+                [f"{int(length):,}", *(f"{1e3 * at[name]:.3f}" for name in names)]
                 for length, at in found["cost_per_length"].items()
             ),
         )

@@ -180,7 +180,7 @@ def mapped_bytes(model: nn.Module) -> int:
 def recompute(model: Any, layers: int) -> None:
     """Makes the first `layers` decoder layers keep their input alone and run again in the backward pass.
 
-    The gradients are the same, bit for bit: the same operations, dropout's draws included.
+    The gradients are the same, on a CPU bit for bit: the same operations, dropout's draws included.
     """
     for number, layer in enumerate(decoder_layers(model)):
         layer.gradient_checkpointing = number < layers

@@ -106,7 +106,8 @@ class ModelKwargs(Section):
     """How the base model is loaded (names of `from_pretrained`)."""
 
     dtype: Annotated[str, BeforeValidator(str), AfterValidator(_known_dtype)] = "auto"
-    """Of the base weights. `auto`: bfloat16, or float32 on a CPU on which torch multiplies bfloat16 more slowly."""
+    """Of the base weights. `auto`: bfloat16, or float32 on a CPU on which torch multiplies bfloat16 more slowly, and on
+    a GPU that doesn't multiply it (before Ampere)."""
     attn_implementation: Annotated[str, AfterValidator(_no_code_from_hub)] = "auto"
     """`auto`: phinetune's packed attention where the model can take it; else as transformers names it."""
     load_in_8bit: bool = False
@@ -205,7 +206,7 @@ class DataConfig(Section):
     max_batch_tokens: PositiveInt = 1024
     """Tokens laid into one flat batch. Layout only: any value gives the same update, up to dropout's draws."""
     num_proc: PositiveInt | None = None
-    """Processes that tokenise; one a core where the data is large, by default."""
+    """Processes that tokenise; by default one a core that may be used, where the data is large enough for as many."""
 
 
 class TrainingConfig(Section):
